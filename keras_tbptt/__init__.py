@@ -1,0 +1,26 @@
+"""Truncated backpropagation through time for Keras and TensorFlow."""
+
+import keras as _keras
+
+if _keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        "keras_tbptt runs on Keras's TensorFlow backend: set the environment variable "
+        "KERAS_BACKEND=tensorflow before keras is imported. "
+        f"Received: KERAS_BACKEND={_keras.backend.backend()}"
+    )
+
+from keras_tbptt import losses, state, text
+from keras_tbptt.callbacks import ResetStates
+from keras_tbptt.export import export_saved_model
+from keras_tbptt.model import TBPTTModel
+from keras_tbptt.windows import DocumentWindows
+
+__all__ = [
+    "DocumentWindows",
+    "ResetStates",
+    "TBPTTModel",
+    "export_saved_model",
+    "losses",
+    "state",
+    "text",
+]

@@ -1,0 +1,149 @@
+"""Which stretch of which document each lane reads in each window: the plan of an epoch."""
+
+from __future__ import annotations
+
+import functools
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+
+IDLE = -1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each lane reads in each window of an epoch; arrays are int32 `[steps, lanes]`.
+
+    Attributes:
+        document: The index of the document, or -1 where the lane is idle.
+        offset: Steps of the document that come before the window.
+        length: Real steps of the window; 0 where the lane is idle.
+        total: Steps of the whole document; 0 where the lane is idle.
+    """
+
+    document: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+    total: np.ndarray
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """bool `[steps, lanes]`: the window begins a document."""
+        return (self.document != IDLE) & (self.offset == 0)
+
+    @functools.cached_property
+    def ends(self) -> np.ndarray:
+        """bool `[steps, lanes]`: the window ends a document."""
+        return (self.document != IDLE) & (self.offset + self.length == self.total)
+
+
+class Packing:
+    """Lays documents out over lanes, in the same number of windows whatever their order.
+
+    Documents are sorted by their count of windows, and places are dealt to that sorted list
+    once. An epoch's order only permutes documents of equal count among their places, and the
+    order in which places are read, so no epoch is longer than another.
+
+    Args:
+        lengths: int `[documents]`, steps of each document, all >= 1.
+        window: int >= 1, steps in a window.
+        lanes: int >= 1, rows of the batch.
+    """
+
+    def __init__(self, lengths: np.ndarray, window: int, lanes: int):
+        self.lengths = np.asarray(lengths, "int64")
+        self.window = window
+        self.lanes = lanes
+        self.counts = -(-self.lengths // window)
+        self.order = np.argsort(-self.counts, kind="stable")
+        self.sorted_counts = self.counts[self.order]
+        self.steps = self._deal()
+
+    def plan(self, seed: tuple[int, int] | None = None) -> Plan:
+        """The plan of one epoch.
+
+        Args:
+            seed: `(seed, epoch)` to shuffle by, or None for the order given.
+        """
+        order, rank = self.order, None
+        if seed is not None:
+            # Raw PCG64 output, unlike Generator's methods, is promised never to change (NEP 19).
+            bits = np.random.PCG64(np.random.SeedSequence(seed))
+            order = np.lexsort((bits.random_raw(len(order)), -self.counts))
+            rank = bits.random_raw(len(order))
+        lane, begin = self._lay_out(order, rank)
+
+        counts = self.sorted_counts
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        cell = np.repeat(begin, counts) + within, np.repeat(lane, counts)
+        plan = Plan(
+            np.full((self.steps, self.lanes), IDLE, "int32"),
+            *(np.zeros((self.steps, self.lanes), "int32") for _ in range(3)),
+        )
+        plan.document[cell] = np.repeat(order, counts)
+        plan.offset[cell] = within * self.window
+        plan.total[cell] = np.repeat(self.lengths[order], counts)
+        plan.length[cell] = np.minimum(plan.total[cell] - plan.offset[cell], self.window)
+        return plan
+
+    def _deal(self) -> int:
+        """Deals places to the sorted documents; returns the windows in an epoch."""
+        raise NotImplementedError
+
+    def _lay_out(self, order: np.ndarray, rank: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """The lane and the first window, each int64 `[documents]`, of each place in `order`."""
+        raise NotImplementedError
+
+
+class Packed(Packing):
+    """Lanes run on independently: where a document ends, the next begins.
+
+    Documents are dealt longest first, each to the lane with the least to read (Graham 1969,
+    "Bounds on multiprocessing timing anomalies", section 3), so all lanes finish together but
+    for about a window.
+    """
+
+    def _deal(self) -> int:
+        loads = [(0, lane) for lane in range(self.lanes)]
+        lane_of_place = np.empty(len(self.order), "int64")
+        for place, count in enumerate(self.sorted_counts.tolist()):
+            load, lane = loads[0]
+            lane_of_place[place] = lane
+            heapq.heapreplace(loads, (load + count, lane))
+        self._lane = lane_of_place
+        return max(load for load, _ in loads)
+
+    def _lay_out(self, order: np.ndarray, rank: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        reading = np.lexsort((order if rank is None else rank, self._lane))
+        counts, lane = self.sorted_counts[reading], self._lane[reading]
+        before = np.cumsum(counts) - counts
+        first = np.searchsorted(lane, lane)  # where the lane's run begins in `reading`
+        begin = np.empty_like(before)
+        begin[reading] = before - before[first]
+        return self._lane, begin
+
+
+class Aligned(Packing):
+    """The documents of a batch begin together, in groups of similar window counts.
+
+    The next group begins when the longest document of this one has ended (the bucketing of
+    Khomenko et al. 2016, "Accelerating recurrent neural network training using sequence
+    bucketing", section 3).
+    """
+
+    def _deal(self) -> int:
+        self._group, self._lane = np.divmod(np.arange(len(self.order)), self.lanes)
+        self._group_counts = self.sorted_counts[:: self.lanes]
+        return int(self._group_counts.sum())
+
+    def _lay_out(self, order: np.ndarray, rank: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        groups = len(self._group_counts)
+        reading = np.arange(groups) if rank is None else np.argsort(rank[:groups], kind="stable")
+        counts = self._group_counts[reading]
+        begin = np.empty_like(counts)
+        begin[reading] = np.cumsum(counts) - counts
+        return self._lane, begin[self._group]
+
+
+PACKINGS = {"packed": Packed, "aligned": Aligned}

@@ -1,0 +1,212 @@
+"""The recurrent state of a model: find it, read it, set it, reset lanes, keep it apart."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+def stateful_layers(model: keras.Model) -> list[keras.layers.RNN]:
+    """Finds every stateful recurrent layer, in nested models and wrappers too.
+
+    LSTM, GRU, SimpleRNN, ConvLSTM and RNN of any cells, `StackedRNNCells` included.
+
+    Args:
+        model: A built `keras.Model`.
+
+    Returns:
+        The layers, in the order of the model.
+
+    Raises:
+        ValueError: If there is none, or one reads backwards: what comes later than the window
+            cannot be carried into it.
+    """
+    found = []
+    for layer in model._flatten_layers(include_self=False):
+        if isinstance(layer, keras.layers.Bidirectional):
+            raise ValueError(
+                "A Bidirectional layer cannot carry its state from window to window: its backward "
+                f"half reads steps that have not come yet. Use its forward layer alone. "
+                f"Received: layer {layer.name!r} in model {model.name!r}"
+            )
+        if isinstance(layer, keras.layers.RNN) and layer.stateful:
+            if layer.go_backwards:
+                raise ValueError(
+                    "A layer with go_backwards=True cannot carry its state from window to window: "
+                    "it reads the last step first. Build it with go_backwards=False. "
+                    f"Received: layer {layer.name!r} in model {model.name!r}"
+                )
+            if layer not in found:
+                found.append(layer)
+    if not found:
+        raise ValueError(
+            "The model must have at least one recurrent layer built with stateful=True. "
+            f"Received: model {model.name!r} with layers "
+            f"{[layer.name for layer in model.layers]}"
+        )
+    return found
+
+
+def state_variables(model: keras.Model) -> list[keras.Variable]:
+    """The state variables of all stateful layers, flat, in the order of the model.
+
+    Args:
+        model: A built `keras.Model`.
+
+    Returns:
+        Variables `[lanes, ...]`: for an LSTM h and c, each `[lanes, units]`.
+
+    Raises:
+        ValueError: As `stateful_layers`; or if a layer has not been built yet.
+    """
+    variables = []
+    for layer in stateful_layers(model):
+        if layer.states is None:
+            raise ValueError(
+                "The model must be built before its state can be used: give its Input a "
+                f"batch_shape, or call it once. Received: layer {layer.name!r} without state"
+            )
+        variables += keras.tree.flatten(layer.states)
+    return variables
+
+
+def initial_states(model: keras.Model, lanes: int | tf.Tensor | None = None) -> list[tf.Tensor]:
+    """The state before the first step of a document, flat, as `state_variables` orders it.
+
+    Args:
+        model: A built `keras.Model`.
+        lanes: Rows to make it for; a scalar integer tensor for a dynamic batch, None for the
+            model's own.
+
+    Returns:
+        Tensors `[lanes, ...]`, from each cell's `get_initial_state`: zeros in Keras's own cells.
+    """
+    states = []
+    for layer in stateful_layers(model):
+        rows = keras.tree.flatten(layer.states)[0].shape[0] if lanes is None else lanes
+        states += keras.tree.flatten(layer.get_initial_state(rows))
+    variables = state_variables(model)
+    return [tf.cast(s, v.dtype) for s, v in zip(states, variables, strict=True)]
+
+
+def get_states(model: keras.Model) -> list[np.ndarray]:
+    """The state of every lane, as arrays that `set_states` takes.
+
+    Args:
+        model: A built `keras.Model`.
+
+    Returns:
+        Arrays `[lanes, ...]`, in the order of `state_variables`.
+    """
+    return [variable.numpy() for variable in state_variables(model)]
+
+
+def set_states(model: keras.Model, states: Sequence[Any]) -> None:
+    """Sets the state of every lane. Works inside a `tf.function`.
+
+    Args:
+        model: A built `keras.Model`.
+        states: Arrays or tensors `[lanes, ...]`, in the order of `state_variables`.
+
+    Raises:
+        ValueError: If their number or shapes differ from the model's; nothing is set then.
+    """
+    variables = state_variables(model)
+    states = [tf.convert_to_tensor(state) for state in states]
+    expected = [tuple(variable.shape) for variable in variables]
+    received = [tuple(state.shape) for state in states]
+    if expected != received:
+        raise ValueError(
+            f"`states` must have shapes {expected}, as `get_states` gives them. "
+            f"Received: shapes {received}"
+        )
+    for variable, state in zip(variables, states, strict=True):
+        variable.assign(tf.cast(state, variable.dtype))
+
+
+def reset_states(model: keras.Model, lanes: Any = None) -> None:
+    """Puts lanes back to their initial state, and touches no other. Works inside a `tf.function`.
+
+    Every state tensor of the lane is reset, an LSTM's c as well as its h (dm-haiku's `ResetCore`
+    is the model of this).
+
+    Args:
+        model: A built `keras.Model`.
+        lanes: bool `[lanes]`, which lanes; None for all.
+    """
+    states = initial_states(model)
+    for variable, initial in zip(state_variables(model), states, strict=True):
+        if lanes is not None:
+            rows = tf.reshape(lanes, [-1] + [1] * (len(variable.shape) - 1))
+            initial = tf.where(rows, initial, variable.value)
+        variable.assign(initial)
+
+
+@contextlib.contextmanager
+def preserve_states(model: keras.Model) -> Iterator[None]:
+    """Gives back, on leaving, the state that was there on entering, also after an error.
+
+    Wrap around anything that runs a stateful model and must not disturb its training:
+    validation, a prediction in a callback.
+
+    Args:
+        model: A built `keras.Model`.
+    """
+    saved = get_states(model)
+    try:
+        yield
+    finally:
+        set_states(model, saved)
+
+
+def explicit_state(model: keras.Model) -> Callable:
+    """The model as a pure function of its inputs and its state, with the same weights.
+
+    Exact gradients over several windows, streaming and export stand on it: gradients flow
+    through `states`, the batch may have any number of rows, and the model's own state is neither
+    read nor written.
+
+    Args:
+        model: A built `keras.Model` with stateful layers.
+
+    Returns:
+        A function `(inputs, states, training=False, mask=None) -> (outputs, new_states)`.
+        `inputs` is what the model takes, with any number of rows; `states` and `new_states` are
+        lists of tensors `[rows, ...]` in the order of `state_variables`; `mask` is bool
+        `[rows, window]`. Inside a `tf.function` the number of rows may be unknown; eagerly it must
+        be the model's own. What else a training call updates, such as seeds of dropout and moving
+        averages, is updated as usual.
+    """
+    variables = state_variables(model)
+    owned = {id(variable) for variable in variables}
+
+    def call(
+        inputs: Any, states: Sequence[tf.Tensor], training: bool = False, mask: Any = None
+    ) -> tuple[Any, list[tf.Tensor]]:
+        with keras.StatelessScope(initialize_variables=False) as scope:
+            for variable, state in zip(variables, states, strict=True):
+                # Not by state_mapping: that insists on the training batch's number of rows.
+                scope.add_update((variable, tf.cast(state, variable.dtype)))
+            outputs = _call_masked(model, inputs, training, mask)
+        for variable in model.non_trainable_variables:
+            value = scope.get_current_value(variable)
+            if value is not None and id(variable) not in owned:
+                variable.assign(value)
+        return outputs, [scope.get_current_value(variable) for variable in variables]
+
+    return call
+
+
+def _call_masked(model: keras.Model, inputs: Any, training: bool, mask: Any) -> Any:
+    # A functional model passes the mask of its inputs on to its layers, yet Keras warns that it
+    # would not, unless the model says that it supports masking.
+    supported, model.supports_masking = model.supports_masking, True
+    try:
+        return model(inputs, training=training, mask=mask)
+    finally:
+        model.supports_masking = supported

@@ -1,0 +1,70 @@
+"""Raw strings -> ids: a thin use of TextVectorization, shared by training and serving."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+_BATCH = 1024
+
+
+@keras.saving.register_keras_serializable(package="keras_tbptt")
+def standardize(texts: tf.Tensor) -> tf.Tensor:
+    """Lower case, without HTML tags or punctuation; an apostrophe joins, the rest separates.
+
+    A text with no word left becomes one unknown word, so that every text has a step to read.
+    Bytes that are not UTF-8 are replaced by U+FFFD.
+
+    Args:
+        texts: string tensor of any shape.
+
+    Returns:
+        string tensor of the same shape.
+    """
+    texts = tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8", errors="replace")
+    texts = tf.strings.lower(texts, encoding="utf-8")
+    texts = tf.strings.regex_replace(texts, r"<[a-z/][^>]*>", " ")
+    texts = tf.strings.regex_replace(texts, r"['\x{2019}]", "")
+    texts = tf.strings.regex_replace(texts, r"[[:punct:][:cntrl:]\s]+", " ")
+    texts = tf.strings.strip(texts)
+    return tf.where(texts == "", "[UNK]", texts)
+
+
+def make_vectorizer(
+    texts: Sequence[str | bytes] | np.ndarray, vocab_size: int
+) -> keras.layers.TextVectorization:
+    """Learns the vocabulary of texts.
+
+    Args:
+        texts: The training texts, and no others.
+        vocab_size: int, ids in all, with 0 for padding and 1 for unknown words.
+
+    Returns:
+        A `TextVectorization` that turns strings `[batch]` into a `tf.RaggedTensor` of int64 ids
+        `[batch, (words)]`, each row at least one id long.
+    """
+    vectorizer = keras.layers.TextVectorization(
+        max_tokens=vocab_size, standardize=standardize, ragged=True, name="vectorizer"
+    )
+    vectorizer.adapt(tf.data.Dataset.from_tensor_slices(np.asarray(texts)).batch(_BATCH))
+    return vectorizer
+
+
+def encode(
+    vectorizer: keras.layers.TextVectorization, texts: Sequence[str | bytes] | np.ndarray
+) -> tf.RaggedTensor:
+    """Turns texts into documents for `DocumentWindows`.
+
+    Args:
+        vectorizer: From `make_vectorizer`.
+        texts: Strings `[documents]`.
+
+    Returns:
+        `tf.RaggedTensor` of int32 ids `[documents, (words)]`.
+    """
+    batches = tf.data.Dataset.from_tensor_slices(np.asarray(texts)).batch(_BATCH)
+    rows = [tf.cast(vectorizer(batch), "int32") for batch in batches]
+    return tf.concat(rows, axis=0)
