@@ -58,7 +58,7 @@ def export_saved_model(
         return dict(zip(names, keras.tree.flatten(outputs), strict=True))
 
     served = tf.Module()
-    served.variables_ = [variable.value for variable in model.variables]
+    served.weights = [weight.value for weight in model.weights]
     served.vectorizer = vectorizer
     served.serving_default = serving_default
 
@@ -152,7 +152,8 @@ def document_reader(model: keras.Model) -> Callable[[tf.Tensor, tf.Tensor], Any]
 
 
 def _like(rows: tf.Tensor, tensor: tf.Tensor) -> tf.Tensor:
-    return tf.reshape(rows, tf.concat([tf.shape(rows), [1] * (tensor.shape.rank - rows.shape.rank)], 0))
+    missing = tensor.shape.rank - rows.shape.rank
+    return tf.reshape(rows, tf.concat([tf.shape(rows), [1] * missing], axis=0))
 
 
 def _any_batch(tensor: Any) -> tf.TensorShape:

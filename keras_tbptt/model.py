@@ -25,11 +25,12 @@ class TBPTTModel(keras.Model):
     1990, "An efficient gradient-based algorithm for on-line training of recurrent network
     trajectories", section 3).
 
-    The loss of a window is its mean over the lanes that learn from it, weighted as
-    `keras_tbptt.losses.window_weights` says, so that a learning rate means the same whatever the
-    number of lanes that are idle or wait for their last window. Weights of documents and classes
-    scale it as in Keras. `evaluate`, and the validation inside `fit`, count each document once,
-    at its own last real step, and leave the state of training as it was.
+    The loss that is minimised is Keras's: a mean over the batch, where each lane has the weight of
+    its document times what `keras_tbptt.losses.window_weights` gives its window; so a lane that
+    is idle, or waits for its last window, adds nothing. The loss that is reported is the mean over
+    the windows that count. `evaluate`, and the validation inside `fit`, count each document
+    once, at its own last real step, and leave the state of training as it was. (The losses of
+    single outputs that Keras reports beside it are means over all windows.)
 
     Args:
         inputs: A `keras.Input` of `batch_shape=(lanes, window)` for ids or
@@ -79,6 +80,12 @@ class TBPTTModel(keras.Model):
             )
         self.lanes, self.window = shapes[0][:2]
         state_variables(self)
+        self._unmasked_layers = [
+            layer.name
+            for layer in self.layers
+            if isinstance(layer, keras.layers.RNN)
+            and not _is_masked(layer._inbound_nodes[0].input_tensors[0])
+        ]
 
     def compile(
         self,
@@ -236,12 +243,13 @@ class TBPTTModel(keras.Model):
         x, y, sample_weight = _unpack(data)
         reset_states(self, x["starts"])
         share = window_weights(self.window_loss, x, self.window, per_step=_is_per_step(data))
-        loss_weight, total = _normalise(share, sample_weight)
 
         def learn():
             with tf.GradientTape() as tape:
                 y_pred = self._read(x, training=True)
-                loss = self.compute_loss(x["inputs"], y, y_pred, loss_weight, training=True)
+                loss = self.compute_loss(
+                    x["inputs"], y, y_pred, sample_weight * share, training=True
+                )
                 scaled = self.optimizer.scale_loss(loss)
             gradients = tape.gradient(scaled, self.trainable_variables)
             self.optimizer.apply(gradients, self.trainable_variables)
@@ -253,10 +261,10 @@ class TBPTTModel(keras.Model):
         if self.window_loss == "final_only":
             # Variables cannot be made inside a branch of tf.cond.
             self.optimizer.build(self.trainable_variables)
-            loss, y_pred = tf.cond(total > 0, learn, read)
+            loss, y_pred = tf.cond(tf.reduce_any(share > 0), learn, read)
         else:
             loss, y_pred = learn()
-        self._loss_tracker.update_state(loss, sample_weight=total)
+        self._track_loss(loss, share)
         return self.compute_metrics(x["inputs"], y, y_pred, sample_weight * share)
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
@@ -274,10 +282,9 @@ class TBPTTModel(keras.Model):
         share = window_weights(
             "per_window" if per_step else "final_only", x, self.window, per_step=per_step
         )
-        loss_weight, total = _normalise(share, sample_weight)
         y_pred = self._read(x, training=False)
-        loss = self.compute_loss(x["inputs"], y, y_pred, loss_weight, training=False)
-        self._loss_tracker.update_state(loss, sample_weight=total)
+        loss = self.compute_loss(x["inputs"], y, y_pred, sample_weight * share, training=False)
+        self._track_loss(loss, share)
         return self.compute_metrics(x["inputs"], y, y_pred, sample_weight * share)
 
     def predict_step(self, data: Any) -> Any:
@@ -326,10 +333,21 @@ class TBPTTModel(keras.Model):
 
     def _read(self, x: Mapping[str, tf.Tensor], training: bool) -> Any:
         # An idle lane keeps one step, its own row's, as cuDNN refuses fully masked rows.
-        mask = tf.sequence_mask(tf.maximum(x["lengths"], 1), self.window)
+        mask = None
+        if not self._unmasked_layers:
+            mask = tf.sequence_mask(tf.maximum(x["lengths"], 1), self.window)
         y_pred = self(x["inputs"], training=training, mask=mask)
         # Without their masks, by which Keras would weigh the loss a second time.
         return keras.tree.map_structure(tf.identity, y_pred)
+
+    def _track_loss(self, loss: tf.Tensor, share: tf.Tensor) -> None:
+        """Adds a batch to the reported loss: its mean over what counts, not over all lanes."""
+        penalty = tf.add_n(
+            [tf.cast(term, loss.dtype) for term in self.losses] or [tf.zeros_like(loss)]
+        )
+        total = tf.cast(tf.reduce_sum(share), loss.dtype)
+        mean = (loss - penalty) * tf.math.divide_no_nan(tf.cast(tf.size(share), loss.dtype), total)
+        self._loss_tracker.update_state(mean + penalty, sample_weight=total)
 
     def _windows_dataset(self, windows: Any, needs_labels: bool = False) -> tf.data.Dataset:
         if isinstance(windows, tf.data.Dataset):
@@ -367,16 +385,13 @@ class TBPTTModel(keras.Model):
                         f"input_dim={layer.input_dim}. Received: "
                         + ("floats" if windows.max_id is None else f"id {windows.max_id}")
                     )
-            if (
-                windows.has_padding
-                and isinstance(layer, keras.layers.RNN)
-                and not _is_masked(layer._inbound_nodes[0].input_tensors[0])
-            ):
-                raise ValueError(
-                    f"Layer {layer.name!r} would read the padding of last windows, because no mask "
-                    "reaches it: use Embedding(mask_zero=True), and between it and the input only "
-                    f"layers that pass a mask on. Received: model {self.name!r}, {windows!r}"
-                )
+        if windows.has_padding and self._unmasked_layers:
+            raise ValueError(
+                "A recurrent layer would read the padding of last windows, because no mask reaches "
+                "it: use Embedding(mask_zero=True), and between it and the input only layers that "
+                f"pass a mask on. Received: layers {self._unmasked_layers} of model {self.name!r}, "
+                f"{windows!r}"
+            )
 
 
 def _has_flags(x: Any) -> bool:
@@ -396,13 +411,6 @@ def _unpack(data: Any) -> tuple[Mapping[str, tf.Tensor], Any, tf.Tensor]:
 
 def _is_per_step(data: Any) -> bool:
     return data[2].shape.rank == 2
-
-
-def _normalise(share: tf.Tensor, sample_weight: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Weights with which Keras's mean over the batch is one over what learns, and their sum."""
-    total = tf.reduce_sum(share)
-    size = tf.cast(tf.size(share), share.dtype)
-    return sample_weight * share * tf.math.divide_no_nan(size, total), total
 
 
 def _is_masked(tensor: keras.KerasTensor) -> bool:

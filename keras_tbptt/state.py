@@ -178,8 +178,8 @@ def explicit_state(model: keras.Model) -> Callable:
         A function `(inputs, states, training=False, mask=None) -> (outputs, new_states)`.
         `inputs` is what the model takes, with any number of rows; `states` and `new_states` are
         lists of tensors `[rows, ...]` in the order of `state_variables`; `mask` is bool
-        `[rows, window]`. Inside a `tf.function` the number of rows may be unknown; eagerly it must
-        be the model's own. What else a training call updates, such as seeds of dropout and moving
+        `[rows, window]`. Inside a `tf.function` there may be any number of rows; eagerly it must be
+        the model's own. What else a training call updates, such as seeds of dropout and moving
         averages, is updated as usual.
     """
     variables = state_variables(model)
@@ -188,6 +188,8 @@ def explicit_state(model: keras.Model) -> Callable:
     def call(
         inputs: Any, states: Sequence[tf.Tensor], training: bool = False, mask: Any = None
     ) -> tuple[Any, list[tf.Tensor]]:
+        if not tf.executing_eagerly():
+            inputs, states, mask = keras.tree.map_structure(_any_rows, (inputs, list(states), mask))
         with keras.StatelessScope(initialize_variables=False) as scope:
             for variable, state in zip(variables, states, strict=True):
                 # Not by state_mapping: that insists on the training batch's number of rows.
@@ -200,6 +202,14 @@ def explicit_state(model: keras.Model) -> Callable:
         return outputs, [scope.get_current_value(variable) for variable in variables]
 
     return call
+
+
+def _any_rows(tensor: tf.Tensor | None) -> tf.Tensor | None:
+    # Keras refuses a stateful layer another number of rows only where it can see the number.
+    if tensor is None:
+        return None
+    tensor = tf.convert_to_tensor(tensor)
+    return tf.compat.v1.placeholder_with_default(tensor, [None, *tensor.shape[1:]])
 
 
 def _call_masked(model: keras.Model, inputs: Any, training: bool, mask: Any) -> Any:

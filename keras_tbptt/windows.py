@@ -103,7 +103,9 @@ class DocumentWindows:
         lengths = np.diff(self._offsets)
         take = functools.partial(_targets if per_step else _labels, lengths, offsets)
         if isinstance(labels, Mapping):
-            self._targets = {name: take(value, f"labels[{name!r}]") for name, value in labels.items()}
+            self._targets = {
+                name: take(value, f"labels[{name!r}]") for name, value in labels.items()
+            }
         else:
             self._targets = None if labels is None else take(labels, "labels")
         self._weights = _weights(weights, len(lengths))

@@ -1,0 +1,115 @@
+"""Corpora of labelled texts for the experiments."""
+
+from __future__ import annotations
+
+import os
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from experiments.generated import write_reviews
+
+DATASETS = ("auto", "imdb_reviews", "generated")
+_ARCHIVE = "aclImdb"
+_URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
+GENERATED_TRAIN, GENERATED_TEST = 6_000, 2_000
+
+
+class DataUnavailableError(Exception):
+    """A data set can be had neither from disk nor from the network."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Texts (object array `[documents]` of str or bytes) and labels (int32 `[documents]`)."""
+
+    texts: np.ndarray
+    labels: np.ndarray
+
+    def take(self, rows: np.ndarray | slice) -> Split:
+        """The documents at `rows`."""
+        return Split(self.texts[rows], self.labels[rows])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A data set by its name, split for training, for choosing and for one last reading."""
+
+    name: str
+    train: Split
+    valid: Split
+    test: Split
+
+
+def load(data: str, data_dir: str | None, limit: int | None, valid: float, seed: int) -> Corpus:
+    """Loads a corpus, and keeps a part of its training split for validation.
+
+    Args:
+        data: One of `DATASETS`; `"auto"` takes the real reviews and, only where they cannot be
+            had, says so and takes the generated ones.
+        data_dir: tensorflow-datasets' directory, None for its default.
+        limit: Documents of each of the two splits, None for all.
+        valid: Share of the training split that is kept for validation, in (0, 1).
+        seed: Which documents these are; with `"generated"` also what is written.
+
+    Returns:
+        The corpus.
+
+    Raises:
+        DataUnavailableError: If `data` is `"imdb_reviews"` and it cannot be had.
+        ValueError: If fewer than two training documents are left.
+    """
+    if data == "generated":
+        train, test = _generate(limit, seed)
+    else:
+        try:
+            train, test = _load_imdb_reviews(data_dir)
+            data = "imdb_reviews"
+        except DataUnavailableError as error:
+            if data != "auto":
+                raise
+            logging.warning("%s", error)
+            logging.warning("Running on GENERATED reviews instead (--data generated).")
+            data = "generated"
+            train, test = _generate(limit, seed)
+    train, test = train.take(slice(limit)), test.take(slice(limit))
+    if len(train.labels) < 2:
+        raise ValueError(
+            f"Training and validation need at least two documents. Received: limit={limit}"
+        )
+    order = np.random.default_rng(seed).permutation(len(train.labels))
+    kept = min(max(1, round(valid * len(order))), len(order) - 1)
+    return Corpus(data, train.take(np.sort(order[kept:])), train.take(np.sort(order[:kept])), test)
+
+
+def _generate(limit: int | None, seed: int) -> tuple[Split, Split]:
+    train = Split(*write_reviews(min(limit or GENERATED_TRAIN, GENERATED_TRAIN), seed=2 * seed))
+    test = Split(*write_reviews(min(limit or GENERATED_TEST, GENERATED_TEST), seed=2 * seed + 1))
+    return train, test
+
+
+def _load_imdb_reviews(data_dir: str | None) -> tuple[Split, Split]:
+    import tensorflow_datasets as tfds
+
+    where = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
+    try:
+        builder = tfds.builder("imdb_reviews", data_dir=data_dir)
+        if not builder.is_prepared() and not list(Path(where).glob(f"downloads/**/*{_ARCHIVE}*")):
+            # tfds would try for minutes where there is no network, and leave folders behind.
+            urllib.request.urlopen(urllib.request.Request(_URL, method="HEAD"), timeout=10)
+        builder.download_and_prepare()
+        arrays = builder.as_dataset(split=["train", "test"], as_supervised=True, batch_size=-1)
+    except Exception as error:
+        raise DataUnavailableError(
+            "The data set imdb_reviews can be had neither from disk nor from the network: prepare "
+            f"it with tensorflow-datasets in {where}, name a directory that has it with "
+            f"--data_dir, or run with --data generated. Received: {_first_line(error)}"
+        ) from error
+    return tuple(Split(x.numpy(), y.numpy().astype("int32")) for x, y in arrays)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"

@@ -1,0 +1,129 @@
+import keras
+import numpy as np
+import pytest
+from toys import (
+    compiled,
+    counting_model,
+    random_documents,
+    random_labels,
+    token_layers,
+    token_model,
+    weights_of,
+)
+
+from keras_tbptt import DocumentWindows, ResetStates
+from keras_tbptt.state import get_states
+
+
+def windows(lanes=4, window=5, count=23, **kwargs):
+    return DocumentWindows(
+        random_documents(count), random_labels(count), window=window, lanes=lanes, **kwargs
+    )
+
+
+def stock_model(**kwargs):
+    return compiled(token_model(cls=keras.Model), **kwargs)
+
+
+def test_a_stock_model_trains_as_a_tbptt_model_does():
+    stock, ours = stock_model(), compiled(token_model())
+    one, other = (windows(shuffle=True, seed=1) for _ in range(2))
+    stock.fit(one.dataset(), shuffle=False, epochs=3, verbose=0, callbacks=[ResetStates(one)])
+    ours.fit(other, epochs=3, verbose=0)
+    np.testing.assert_allclose(weights_of(stock), weights_of(ours), atol=1e-6)
+
+
+def test_lanes_are_reset_where_documents_begin():
+    model = counting_model(lanes=2, window=1)
+    model.compile("sgd", "mse")
+    train = DocumentWindows(
+        np.ones((5, 1), "float32"), [0, 0], offsets=[0, 3, 5], window=1, lanes=2
+    )
+    counts = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_predict_batch_end(self, batch, logs=None):
+            counts.append(get_states(model)[0][:, 0].tolist())
+
+    model.predict(train.dataset(), verbose=0, callbacks=[ResetStates(train), Watch()])
+    assert counts == [[1, 1], [2, 2], [3, 3]]  # lane 1 is idle in the third window
+    counts.clear()
+    model.predict(train.dataset(), verbose=0, callbacks=[ResetStates(train), Watch()])
+    assert counts == [[1, 1], [2, 2], [3, 3]]
+
+
+def test_validation_leaves_training_bit_identical():
+    def train(validation=None):
+        model, train = stock_model(), windows(shuffle=True, seed=1)
+        model.fit(
+            train.dataset(),
+            shuffle=False,
+            epochs=3,
+            verbose=0,
+            validation_data=validation and validation.dataset(),
+            callbacks=[ResetStates(train, validation)],
+        )
+        return weights_of(model)
+
+    np.testing.assert_array_equal(train(windows(count=9)), train())
+
+
+def test_evaluation_of_the_last_windows_counts_documents():
+    stock, ours = stock_model(), compiled(token_model())
+    valid = windows()
+    got = stock.evaluate(
+        valid.dataset(window_loss="final_only"), verbose=0, callbacks=[ResetStates(valid)]
+    )
+    assert got[1] == pytest.approx(ours.evaluate(valid, verbose=0)[1], abs=1e-6)
+
+
+def fit(model, data, callback, **kwargs):
+    model.fit(data, shuffle=False, verbose=0, callbacks=[callback], **kwargs)
+
+
+def shuffled_arrays(train):
+    x, y, w = (np.concatenate(parts) for parts in zip(*train.dataset(), strict=True))
+    stock_model().fit(
+        x, y, sample_weight=w, batch_size=4, verbose=0, callbacks=[ResetStates(train)]
+    )
+
+
+def stateless(train):
+    tokens = keras.Input(batch_shape=(4, 5), dtype="int32")
+    layers = token_layers(lambda: keras.layers.LSTM(5))
+    fit(compiled(keras.Model(tokens, layers(tokens))), train.dataset(), ResetStates(train))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            lambda t: fit(stock_model(steps_per_execution=2), t.dataset(), ResetStates(t)),
+            "steps_per_execution=1",
+        ),
+        (shuffled_arrays, "do not come from the windows"),
+        (lambda t: fit(stock_model(), t.dataset(), ResetStates(windows(lanes=3))), "batch size"),
+        (stateless, "stateful=True"),
+        (
+            lambda t: fit(stock_model(), t.dataset(), ResetStates(t), steps_per_epoch=2),
+            "leave out steps_per_epoch",
+        ),
+        (
+            lambda t: fit(stock_model(), t.dataset(), ResetStates(t), validation_data=t.dataset()),
+            "validation=valid",
+        ),
+        (lambda t: fit(compiled(token_model()), t, ResetStates(t)), "leave ResetStates out"),
+        (lambda t: ResetStates([True]), "must be keras_tbptt.DocumentWindows"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_loudly(wrong, message):
+    with pytest.raises(ValueError, match=rf"(?s){message}.*Received: "):
+        wrong(windows())
+
+
+def test_a_refused_training_has_not_begun():
+    model = stock_model(steps_per_execution=2)
+    before = weights_of(model)
+    with pytest.raises(ValueError):
+        fit(model, windows().dataset(), ResetStates(windows()))
+    np.testing.assert_array_equal(weights_of(model), before)

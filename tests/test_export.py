@@ -1,0 +1,142 @@
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from toys import VOCAB, compiled, random_documents, token_layers, token_model
+
+import keras_tbptt
+from keras_tbptt.export import document_reader
+from keras_tbptt.text import encode, make_vectorizer
+
+TEXTS = ["good film " * 9, "bad", "", "a b c d e f g h i j k", "good"]
+
+# What TF Serving has: TensorFlow, and neither Keras nor this library.
+CLEAN_PROCESS = """
+import sys
+for name in ("keras", "keras_tbptt"):
+    sys.modules[name] = None
+import json, tensorflow as tf
+serve = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
+texts = json.loads(sys.argv[2])
+answers = [serve(text=tf.constant(texts, tf.string)) for _ in range(2)]
+assert answers[0]["probability"].numpy().tobytes() == answers[1]["probability"].numpy().tobytes()
+print("ANSWER", json.dumps([answers[0]["probability"].numpy().tolist(), list(answers[0])]))
+"""
+
+
+@pytest.fixture(scope="module")
+def vectorizer():
+    return make_vectorizer([" ".join("abcdefghij"), "good bad film"], VOCAB)
+
+
+@pytest.fixture
+def model(vectorizer):
+    model = compiled(token_model(), "adam")
+    windows = keras_tbptt.DocumentWindows(
+        encode(vectorizer, TEXTS), [1, 0, 0, 1, 1], window=5, lanes=4
+    )
+    model.fit(windows, verbose=0)
+    return model
+
+
+def serve_in_a_clean_process(path, texts):
+    run = subprocess.run(
+        [sys.executable, "-c", CLEAN_PROCESS, str(path), json.dumps(texts)],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return json.loads(re.search("^ANSWER (.*)$", run.stdout, re.M)[1])
+
+
+def test_a_clean_process_serves_what_the_model_predicts(model, vectorizer, tmp_path):
+    path = keras_tbptt.export_saved_model(model, tmp_path / "m", vectorizer=vectorizer)
+    assert path == tmp_path / "m" / "1"
+    answer, names = serve_in_a_clean_process(path, TEXTS)
+    expected = model.predict_documents(encode(vectorizer, TEXTS))
+    assert names == ["probability"]
+    np.testing.assert_allclose(answer, expected, atol=1e-6)
+
+
+def test_any_number_of_texts_and_none(model, vectorizer, tmp_path):
+    path = keras_tbptt.export_saved_model(model, tmp_path, vectorizer=vectorizer)
+    serve = tf.saved_model.load(str(path)).signatures["serving_default"]
+    together = serve(text=tf.constant(TEXTS))["probability"].numpy()
+    for text, row in zip(TEXTS, together, strict=True):  # alone as among others
+        np.testing.assert_allclose(serve(text=tf.constant([text]))["probability"], [row], atol=1e-6)
+    assert serve(text=tf.constant([], tf.string))["probability"].shape == (0, 1)
+
+
+def test_nothing_of_the_training_is_inside(model, vectorizer, tmp_path):
+    path = keras_tbptt.export_saved_model(model, tmp_path, vectorizer=vectorizer)
+    variables = tf.train.list_variables(str(path / "variables" / "variables"))
+    shapes = sorted(tuple(shape) for name, shape in variables if name.startswith("weights/"))
+    assert shapes == sorted(tuple(w.shape) for w in model.weights)
+    others = {name.split("/")[0] for name, _ in variables} - {"weights"}
+    assert others == {"_CHECKPOINTABLE_OBJECT_GRAPH"}
+    content = b"".join(p.read_bytes() for p in path.rglob("*") if p.is_file())
+    for secret in ("adam", "rnn_state", os.getcwd(), str(tmp_path), os.path.dirname(tf.__file__)):
+        assert secret.encode() not in content, secret
+
+
+@pytest.mark.parametrize("layer", [keras.layers.LSTM, keras.layers.GRU])
+def test_whole_documents_are_read_as_windows_are(layer):
+    layers = token_layers(
+        lambda: keras.Sequential(
+            [layer(5, stateful=True, return_sequences=True), layer(4, stateful=True)]
+        )
+    )
+    with pytest.warns(UserWarning, match="does not support masking"):  # Keras's, and not so
+        model = token_model(layers=layers)
+        documents = random_documents()
+        ragged = tf.ragged.constant([d.tolist() for d in documents])
+        read = tf.function(document_reader(model))
+        outputs = read(ragged.to_tensor(), ragged.row_lengths())
+        expected = model.predict_documents(documents)
+    np.testing.assert_allclose(outputs, expected, atol=1e-6)
+
+
+def test_several_outputs_keep_their_names(vectorizer, tmp_path):
+    tokens = keras.Input(batch_shape=(4, 5), dtype="int32")
+    x = keras.layers.Embedding(VOCAB, 6, mask_zero=True)(tokens)
+    x = keras.layers.LSTM(5, stateful=True)(x)
+    outputs = [keras.layers.Dense(n, name=name)(x) for name, n in (("stars", 3), ("length", 1))]
+    model = keras.Model(tokens, outputs)
+    path = keras_tbptt.export_saved_model(model, tmp_path, vectorizer=vectorizer)
+    serve = tf.saved_model.load(str(path)).signatures["serving_default"]
+    answer = serve(text=tf.constant(TEXTS))
+    assert {name: value.shape for name, value in answer.items()} == {
+        "stars": (5, 3),
+        "length": (5, 1),
+    }
+
+
+def test_versions_count_up_and_none_is_overwritten(model, vectorizer, tmp_path):
+    paths = [keras_tbptt.export_saved_model(model, tmp_path, vectorizer) for _ in range(2)]
+    assert [p.name for p in paths] == ["1", "2"]
+    with pytest.raises(ValueError, match=r"there already.*Received: version=2"):
+        keras_tbptt.export_saved_model(model, tmp_path, vectorizer, version=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+    assert stat.S_IMODE(paths[0].stat().st_mode) == 0o755
+
+
+def test_a_failed_export_leaves_nothing(model, vectorizer, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tf.saved_model, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        keras_tbptt.export_saved_model(model, tmp_path / "m", vectorizer)
+    assert list((tmp_path / "m").iterdir()) == []
+
+
+def test_an_unwritable_directory_is_named(model, vectorizer, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"choose one that can.*Received: path="):
+        keras_tbptt.export_saved_model(model, tmp_path / "file" / "m", vectorizer)

@@ -1,0 +1,205 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import random_documents, random_labels
+
+from keras_tbptt import DocumentWindows
+
+
+def batches(windows, **kwargs):
+    return [
+        keras.tree.map_structure(np.asarray, b)
+        for b in windows.dataset(**kwargs).as_numpy_iterator()
+    ]
+
+
+def rejoin(windows):
+    """Documents as the lanes read them, in the order in which they end."""
+    reading, documents = [[] for _ in range(windows.lanes)], []
+    for (x,) in batches(windows, flags=True):
+        for lane in range(windows.lanes):
+            if x["starts"][lane]:
+                reading[lane] = []
+            assert x["offsets"][lane] == sum(map(len, reading[lane])) or not x["lengths"][lane]
+            reading[lane].append(x["inputs"][lane, : x["lengths"][lane]])
+            if x["ends"][lane]:
+                documents.append(np.concatenate(reading[lane]))
+                assert len(documents[-1]) == x["totals"][lane]
+    return documents
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 25), min_size=1, max_size=20),
+    window=st.integers(1, 9),
+    lanes=st.integers(1, 6),
+    packing=st.sampled_from(["packed", "aligned"]),
+    shuffle=st.booleans(),
+)
+def test_windows_rejoin_to_the_documents(lengths, window, lanes, packing, shuffle):
+    # Each step has a value of its own, so a step that is lost, repeated or moved shows.
+    flat, offsets = np.arange(1, sum(lengths) + 1), np.cumsum([0, *lengths])
+    windows = DocumentWindows(
+        flat, offsets=offsets, window=window, lanes=lanes, packing=packing, shuffle=shuffle, seed=3
+    )
+    for _ in range(2):
+        read = sorted(map(tuple, rejoin(windows)))
+        assert read == [tuple(flat[a:b]) for a, b in zip(offsets, offsets[1:], strict=False)]
+
+
+def test_a_batch_holds_what_its_docstring_says():
+    windows = DocumentWindows(
+        [[3, 1, 4], [1, 5]], [0, 1], weights=[0.5, 1], window=2, lanes=3, seed=0
+    )
+    (x0, y0, w0), (x1, _, w1) = batches(windows, flags=True)
+    assert len(windows) == 2 and windows.num_steps == 5
+    assert windows.packing_efficiency == 5 / 12
+    np.testing.assert_array_equal(x0["inputs"], [[3, 1], [1, 5], [3, 0]])  # the third lane is idle
+    np.testing.assert_array_equal(x1["inputs"], [[4, 0], [3, 0], [3, 0]])
+    np.testing.assert_array_equal(x0["starts"], [True, True, False])
+    np.testing.assert_array_equal(x0["ends"], [False, True, False])
+    np.testing.assert_array_equal(x1["ends"], [True, False, False])
+    np.testing.assert_array_equal(x1["offsets"], [2, 0, 0])
+    np.testing.assert_array_equal(x0["lengths"], [2, 2, 0])
+    np.testing.assert_array_equal(x0["totals"], [3, 2, 0])
+    np.testing.assert_array_equal(y0[:2], [0, 1])
+    np.testing.assert_array_equal(w0, [0.5, 1, 0])
+    np.testing.assert_array_equal(w1, [0.5, 0, 0])
+    np.testing.assert_array_equal(windows.starts, [x0["starts"], x1["starts"]])
+    np.testing.assert_array_equal(windows.ends, [x0["ends"], x1["ends"]])
+
+
+def test_a_plain_batch_carries_the_weight_of_its_windows():
+    windows = DocumentWindows([[3, 1, 4], [1, 5]], [0, 1], window=2, lanes=2)
+    weights = [w for _, _, w in batches(windows)]
+    np.testing.assert_array_equal(weights, [[1, 1], [0.5, 0]])  # a tail of 1 step counts 1 / 2
+    weights = [w for _, _, w in batches(windows, window_loss="final_only")]
+    np.testing.assert_array_equal(weights, [[0, 1], [1, 0]])
+
+
+def test_every_form_of_documents_gives_the_same_batches(tmp_path):
+    documents, labels = random_documents(), random_labels()
+    lengths = [len(d) for d in documents]
+    flat, offsets = np.concatenate(documents), np.cumsum([0, *lengths])
+    mapped = np.memmap(tmp_path / "tokens", dtype="uint16", mode="w+", shape=flat.shape)
+    mapped[:] = flat
+    ragged = tf.RaggedTensor.from_row_splits(flat, offsets)
+    pairs = tf.data.Dataset.from_generator(
+        lambda: zip(documents, labels, strict=True),
+        output_signature=(tf.TensorSpec([None], tf.int32), tf.TensorSpec([], tf.int64)),
+    )
+    forms = [
+        DocumentWindows([d.tolist() for d in documents], labels, window=5, lanes=4),
+        DocumentWindows(ragged, labels, window=5, lanes=4),
+        DocumentWindows(pairs, window=5, lanes=4),
+        DocumentWindows(flat, labels, offsets=offsets, window=5, lanes=4),
+        DocumentWindows(mapped, labels, offsets=offsets, window=5, lanes=4),
+    ]
+    expected = batches(DocumentWindows(documents, labels, window=5, lanes=4), flags=True)
+    for windows in forms:
+        keras.tree.map_structure(
+            np.testing.assert_array_equal, batches(windows, flags=True), expected
+        )
+
+
+def test_features_and_targets_per_step():
+    documents = random_documents(features=3)
+    targets = [d.sum(axis=1, keepdims=True) for d in documents]
+    windows = DocumentWindows(documents, targets, per_step=True, window=5, lanes=4)
+    for x, y, weight in batches(windows, flags=True):
+        assert x["inputs"].shape == (4, 5, 3) and y.shape == (4, 5, 1) and weight.shape == (4, 5)
+        real = np.arange(5) < x["lengths"][:, None]
+        np.testing.assert_allclose((x["inputs"].sum(-1) - y[..., 0])[real], 0, atol=1e-6)
+        np.testing.assert_array_equal(weight[real], 1)
+        assert not weight[x["lengths"] == 0].any() and not weight[~real].any()
+
+
+def test_labels_may_be_vectors_and_a_dict_of_outputs():
+    labels = {"a": np.arange(23), "b": np.arange(46.0).reshape(23, 2)}
+    windows = DocumentWindows(random_documents(), labels, window=5, lanes=4)
+    for _, y, weight in batches(windows, flags=True):
+        busy = weight > 0
+        np.testing.assert_array_equal(y["b"][busy, 0], 2 * y["a"][busy])
+
+
+@pytest.mark.parametrize("packing", ["packed", "aligned"])
+def test_epochs_differ_in_order_and_seeds_repeat(packing):
+    def order(windows):
+        return [tuple(d) for d in rejoin(windows)]
+
+    def make(seed):
+        return DocumentWindows(
+            random_documents(), window=5, lanes=4, shuffle=True, seed=seed, packing=packing
+        )
+
+    one, again, other = make(1), make(1), make(2)
+    epochs = [order(one) for _ in range(3)]
+    assert epochs == [order(again) for _ in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != order(other)
+    again.epoch = 1
+    assert order(again) == epochs[1] and again.epoch == 2
+
+
+def test_the_order_is_the_same_on_every_machine():
+    windows = DocumentWindows([[1]] * 3 + [[1, 1]] * 3, window=1, lanes=2, shuffle=True, seed=5)
+    assert windows.plan.document.tolist() == [[5, 3], [5, 3], [1, 0], [4, 2], [4, -1]]
+
+
+def test_the_plan_shows_the_coming_epoch_and_a_peek_does_not_end_it():
+    windows = DocumentWindows(random_documents(), window=5, lanes=4, shuffle=True, seed=1)
+    starts = windows.starts
+    next(iter(windows.dataset(flags=True).take(1)))
+    assert windows.epoch == 0
+    read = np.stack([x["starts"] for (x,) in batches(windows, flags=True)])
+    np.testing.assert_array_equal(read, starts)
+    assert windows.epoch == 1 and not np.array_equal(windows.starts, starts)
+
+
+def test_lanes_finish_together():
+    lengths = np.random.default_rng(0).lognormal(5.16, 0.77, 2_000).astype(int) + 1
+    flat, offsets = np.ones(lengths.sum(), "int32"), np.cumsum([0, *lengths])
+    windows = DocumentWindows(flat, offsets=offsets, window=30, lanes=64)
+    assert len(windows) == -(-int(np.ceil(lengths / 30).sum()) // 64)  # no packing has fewer
+    aligned = DocumentWindows(flat, offsets=offsets, window=30, lanes=64, packing="aligned")
+    assert len(aligned) < 1.2 * len(windows)
+
+
+def test_idle_lanes_are_well_formed():
+    windows = DocumentWindows([[0, 0, 7], [5]], [0, 1], window=2, lanes=4)
+    for x, _, weight in batches(windows, flags=True):
+        assert (x["inputs"][x["lengths"] == 0, 0] != 0).all()
+        assert (weight[x["lengths"] == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"documents": []}, "at least one document"),
+        ({"documents": [[1, 2], []]}, r"at least one step.*documents\[1\]"),
+        ({"documents": [[1, 2], [[1.0]]]}, "alike but for T"),
+        ({"documents": [[1.0, np.nan], [2.0]]}, "finite"),
+        ({"documents": [[1, -2], [2]]}, "ids >= 0"),
+        ({"documents": [["a"], ["b"]]}, "turn text into ids"),
+        ({"labels": [1]}, "one label per document"),
+        ({"labels": [1, np.nan]}, "finite numbers"),
+        ({"labels": [[1, 2, 3], [1]], "per_step": True}, "one target per step"),
+        ({"weights": [1, -1]}, "one finite number >= 0 per document"),
+        ({"window": 0}, "`window` must be an integer >= 1"),
+        ({"lanes": 0}, "`lanes` must be an integer >= 1"),
+        ({"packing": "tight"}, "`packing` must be one of"),
+        ({"documents": tf.data.Dataset.from_tensors([1]).repeat()}, "finite dataset"),
+    ],
+)
+def test_bad_input_gets_one_sentence(change, message):
+    arguments = {"documents": [[1, 2], [3]], "labels": [0, 1], "window": 2, "lanes": 2}
+    with pytest.raises(ValueError, match=rf"(?s){message}.*Received: "):
+        DocumentWindows(**{**arguments, **change})
+
+
+def test_windows_cannot_be_shuffled():
+    windows = DocumentWindows([[1, 2], [3]], [0, 1], window=2, lanes=2)
+    with pytest.raises(ValueError, match="Shuffle documents instead"):
+        windows.dataset().shuffle(10)

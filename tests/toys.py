@@ -1,0 +1,66 @@
+"""Small models and documents that several tests share."""
+
+import keras
+import numpy as np
+
+import keras_tbptt
+
+VOCAB = 40
+
+
+def random_documents(count=23, longest=33, seed=0, features=None):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, longest + 1, count)
+    if features is None:
+        return [rng.integers(1, VOCAB, n).astype("int32") for n in lengths]
+    return [rng.normal(size=(n, features)).astype("float32") for n in lengths]
+
+
+def random_labels(count=23, seed=0):
+    return np.random.default_rng(seed).integers(0, 2, count)
+
+
+def token_layers(recurrent=None, outputs=None):
+    """Embedding, recurrent layers, a sigmoid: the functional part that all models here share."""
+
+    def build(tokens):
+        x = keras.layers.Embedding(VOCAB, 6, mask_zero=True)(tokens)
+        x = (recurrent or (lambda: keras.layers.LSTM(5, stateful=True)))()(x)
+        return (outputs or keras.layers.Dense(1, activation="sigmoid"))(x)
+
+    return build
+
+
+def token_model(lanes=4, window=5, layers=None, cls=keras_tbptt.TBPTTModel, seed=1, **kwargs):
+    keras.utils.set_random_seed(seed)
+    tokens = keras.Input(batch_shape=(lanes, window), dtype="int32", name="tokens")
+    return cls(tokens, (layers or token_layers())(tokens), **kwargs)
+
+
+def compiled(model, optimizer="sgd", **kwargs):
+    model.compile(optimizer, "binary_crossentropy", weighted_metrics=["accuracy"], **kwargs)
+    return model
+
+
+def weights_of(model):
+    return np.concatenate([w.ravel() for w in model.get_weights()])
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class CountingCell(keras.layers.Layer):
+    """Counts the steps since the state was last initial: its state shows what a lane has read."""
+
+    state_size = 1
+    output_size = 1
+
+    def call(self, inputs, states):
+        count = states[0] + 1.0
+        return count, [count]
+
+    def get_initial_state(self, batch_size=None):
+        return [keras.ops.zeros((batch_size, 1))]
+
+
+def counting_model(lanes, window, cls=keras.Model):
+    steps = keras.Input(batch_shape=(lanes, window, 1))
+    return cls(steps, keras.layers.RNN(CountingCell(), stateful=True)(steps))
