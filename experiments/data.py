@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -95,20 +97,33 @@ def _load_imdb_reviews(data_dir: str | None) -> tuple[Split, Split]:
     import tensorflow_datasets as tfds
 
     where = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
+    read = functools.partial(
+        tfds.load,
+        "imdb_reviews",
+        split=["train", "test"],
+        as_supervised=True,
+        data_dir=data_dir,
+    )
     try:
-        builder = tfds.builder("imdb_reviews", data_dir=data_dir)
-        if not builder.is_prepared() and not list(Path(where).glob(f"downloads/**/*{_ARCHIVE}*")):
-            # tfds would try for minutes where there is no network, and leave folders behind.
-            urllib.request.urlopen(urllib.request.Request(_URL, method="HEAD"), timeout=10)
-        builder.download_and_prepare()
-        arrays = builder.as_dataset(split=["train", "test"], as_supervised=True, batch_size=-1)
+        try:
+            train, test = read(download=False)
+        except AssertionError:  # how tfds says that nothing is prepared
+            if not list(Path(where).glob(f"downloads/**/*{_ARCHIVE}*")):
+                # tfds would try for minutes where there is no network, and leave folders behind.
+                urllib.request.urlopen(urllib.request.Request(_URL, method="HEAD"), timeout=10)
+            train, test = read(download=True)
     except Exception as error:
         raise DataUnavailableError(
             "The data set imdb_reviews can be had neither from disk nor from the network: prepare "
             f"it with tensorflow-datasets in {where}, name a directory that has it with "
             f"--data_dir, or run with --data generated. Received: {_first_line(error)}"
         ) from error
-    return tuple(Split(x.numpy(), y.numpy().astype("int32")) for x, y in arrays)
+    return _to_split(train), _to_split(test)
+
+
+def _to_split(dataset: Any) -> Split:
+    texts, labels = zip(*dataset.batch(1024).as_numpy_iterator(), strict=True)
+    return Split(np.concatenate(texts), np.concatenate(labels).astype("int32"))
 
 
 def _first_line(error: Exception) -> str:

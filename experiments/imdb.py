@@ -48,7 +48,7 @@ flags.DEFINE_enum(
 )  # fmt: skip
 flags.DEFINE_string("data_dir", None, "tensorflow-datasets' directory; its default if not given.")
 flags.DEFINE_string(
-    "export_dir", "saved_models/imdb", "Where the SavedModel goes, as a new version; '' for nowhere."
+    "export_dir", "saved_models/imdb", "Where a new version of the SavedModel goes; '' for nowhere."
 )  # fmt: skip
 flags.DEFINE_integer(
     "steps_per_execution", 16, "Windows that TensorFlow runs between two looks at the bar.", 1
@@ -71,14 +71,14 @@ def build_model() -> keras_tbptt.TBPTTModel:
 
 def main() -> None:
     """Trains, chooses, tests once, exports, and leaves the run directory behind."""
-    directory = runner.RunDirectory("imdb", f"window{FLAGS.window}-{FLAGS.window_loss}")
     if FLAGS.export_dir:
-        runner.make_writable(pathlib.Path(FLAGS.export_dir), "--export_dir")
+        runner.check_writable(pathlib.Path(FLAGS.export_dir), "--export_dir")
     keras.utils.set_random_seed(FLAGS.seed)
     try:
         corpus = data.load(FLAGS.data, FLAGS.data_dir, FLAGS.limit, FLAGS.validation, FLAGS.seed)
     except data.DataUnavailableError as error:
         raise runner.RunError(str(error)) from error
+    directory = runner.RunDirectory("imdb", f"window{FLAGS.window}-{FLAGS.window_loss}")
 
     vectorizer = text.make_vectorizer(corpus.train.texts, FLAGS.vocab_size)
     packing = FLAGS.packing or ("aligned" if FLAGS.window_loss == "final_only" else "packed")
@@ -114,9 +114,6 @@ def main() -> None:
     model.load_weights(directory / "checkpoints" / "best.weights.h5")
     test_loss, test_accuracy = model.evaluate(test, verbose=0)
 
-    export_path = None
-    if FLAGS.export_dir:
-        export_path = str(keras_tbptt.export_saved_model(model, FLAGS.export_dir, vectorizer))
     results = {
         "dataset": corpus.name,
         "window": FLAGS.window,
@@ -131,10 +128,14 @@ def main() -> None:
         "best_epoch": max(epochs.records, key=lambda e: e["valid_accuracy"])["epoch"],
         "test_accuracy": test_accuracy,
         "test_loss": test_loss,
-        "export_path": export_path,
+        "export_path": None,
     }
     draw_learning_curve(results, directory / "learning_curve.png")
-    directory.write_results(results)
+    directory.write_results(results)  # now: an export that fails must not lose them
+    if FLAGS.export_dir:
+        path = keras_tbptt.export_saved_model(model, FLAGS.export_dir, vectorizer)
+        results["export_path"] = str(path)
+        directory.write_results(results)
     print_closing_table(results, directory)
 
 

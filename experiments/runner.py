@@ -11,7 +11,6 @@ import pathlib
 import platform
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +19,8 @@ import keras
 from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
+
+import experiments
 
 try:
     import matplotlib
@@ -75,7 +76,6 @@ class RunDirectory:
     """
 
     def __init__(self, experiment: str, key: str):
-        self.began = time.time()
         self.experiment = experiment
         stamp = time.strftime("%Y%m%d-%H%M%S")
         given = flags.FLAGS.run_dir
@@ -85,7 +85,8 @@ class RunDirectory:
                 "The run directory holds a run already: name another with --run_dir. "
                 f"Received: --run_dir={self.path}"
             )
-        make_writable(self.path, "--run_dir")
+        check_writable(self.path, "--run_dir")
+        self.path.mkdir(parents=True, exist_ok=True)
         # Not the directory itself: --flagfile begins a new run, in a new directory.
         own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
         lines = [flag.serialize() for flag in own if flag.value is not None]
@@ -105,7 +106,7 @@ class RunDirectory:
         results = {
             "experiment": self.experiment,
             **results,
-            "wall_seconds": round(time.time() - self.began, 1),
+            "wall_seconds": round(time.time() - experiments.BEGAN, 1),
             "peak_rss_mb": peak_rss_mb(),
             "versions": versions(),
         }
@@ -180,25 +181,22 @@ def keras_callbacks(directory: RunDirectory) -> list[keras.callbacks.Callback]:
     return callbacks
 
 
-def make_writable(path: pathlib.Path, flag: str) -> None:
-    """Makes a directory, and makes sure that files can be written there.
+def check_writable(path: pathlib.Path, flag: str) -> None:
+    """Makes sure that a directory can be made and written, and makes nothing.
 
     Args:
-        path: The directory.
+        path: The directory, which need not be there.
         flag: The flag that names it, for the error.
 
     Raises:
         RunError: If it cannot be made or written.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise RunError(
             f"The directory cannot be written: name another with {flag}. "
-            f"Received: {flag}={path} ({error.strerror})"
-        ) from error
+            f"Received: {flag}={path} ({there} is {'read-only' if there.is_dir() else 'a file'})"
+        )
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

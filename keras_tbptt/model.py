@@ -40,6 +40,7 @@ class TBPTTModel(keras.Model):
         name: Optional str.
         window_loss: Where the loss is taken: `"per_window"` or `"final_only"`. With
             `"final_only"`, windows in which no lane ends its document do no backward pass.
+        **kwargs: Further arguments of a functional `keras.Model`, such as `trainable`.
 
     Raises:
         ValueError: If the input's batch shape is not fixed, there is no stateful layer or one

