@@ -9,7 +9,7 @@ if _keras.backend.backend() != "tensorflow":
         f"Received: KERAS_BACKEND={_keras.backend.backend()}"
     )
 
-from keras_tbptt import losses, state, text
+from keras_tbptt import layers, losses, state, text
 from keras_tbptt.callbacks import ResetStates
 from keras_tbptt.export import export_saved_model
 from keras_tbptt.model import TBPTTModel
@@ -20,6 +20,7 @@ __all__ = [
     "ResetStates",
     "TBPTTModel",
     "export_saved_model",
+    "layers",
     "losses",
     "state",
     "text",

@@ -1,0 +1,287 @@
+"""Tests of the fast LSTM: it must be `keras.layers.LSTM` in everything but speed."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_tbptt import layers
+
+
+def twins(units: int, **kwargs) -> tuple[keras.layers.LSTM, layers.LSTM]:
+    """Keras's layer and ours, unbuilt, with the same arguments and name."""
+    return (
+        keras.layers.LSTM(units, name="lstm", **kwargs),
+        layers.LSTM(units, name="lstm", **kwargs),
+    )
+
+
+def share_weights(stock: keras.layers.LSTM, fast: layers.LSTM, shape: tuple) -> None:
+    """Builds both, with a bias that is not zero."""
+    stock.build(shape)
+    fast.build(shape)
+    rng = np.random.default_rng(0)
+    stock.set_weights([rng.normal(0, 0.3, w.shape).astype("float32") for w in stock.weights])
+    fast.set_weights(stock.get_weights())
+
+
+def outputs_and_gradients(layer: keras.layers.LSTM, x, state, mask) -> tuple[list, list]:
+    """All outputs, and the gradients of weights, inputs and states of a loss that uses them all."""
+
+    @tf.function(reduce_retracing=False)
+    def run(x, state, mask):
+        with tf.GradientTape() as tape:
+            tape.watch([x, *state])
+            results = tf.nest.flatten(layer(x, initial_state=state, mask=mask, training=True))
+            loss = tf.add_n([tf.reduce_sum(tf.sin(r + 0.3)) for r in results])
+        return results, tape.gradient(loss, [*layer.trainable_weights, x, *state])
+
+    return run(x, state, mask)
+
+
+def assert_same(stock: tuple[list, list], fast: tuple[list, list]) -> None:
+    for a, b in zip(stock[0], fast[0], strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, atol=1e-6, rtol=0)
+    for a, b in zip(stock[1], fast[1], strict=True):
+        scale = max(1e-3, float(tf.reduce_max(tf.abs(a))))
+        np.testing.assert_allclose(a / scale, b / scale, atol=1e-5, rtol=0)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    lanes=st.sampled_from([1, 2, 3, 7, 32, 37]),
+    steps=st.integers(1, 9),
+    features=st.integers(1, 6),
+    units=st.integers(1, 9),
+    masking=st.sampled_from(["none", "right", "any", "all"]),
+    options=st.fixed_dictionaries(
+        {
+            name: st.booleans()
+            for name in (
+                "return_sequences",
+                "return_state",
+                "go_backwards",
+                "use_bias",
+                "zero_output_for_mask",
+            )
+        }
+    ),
+    dropout=st.sampled_from([0.0, 0.4]),
+    seed=st.integers(0, 99),
+)
+def test_is_keras_lstm(lanes, steps, features, units, masking, options, dropout, seed):
+    stock, fast = twins(units, dropout=dropout, seed=seed, **options)
+    share_weights(stock, fast, (lanes, steps, features))
+    assert fast._is_fast()
+    rng = np.random.default_rng(seed)
+    x = tf.constant(rng.normal(size=(lanes, steps, features)), "float32")
+    state = [tf.constant(rng.normal(size=(lanes, units)), "float32") for _ in range(2)]
+    mask = {
+        "none": None,
+        "right": np.arange(steps) < rng.integers(0, steps + 1, (lanes, 1)),
+        "any": rng.random((lanes, steps)) < 0.5,
+        "all": np.zeros((lanes, steps), bool),
+    }[masking]
+    mask = None if mask is None else tf.constant(mask)
+    assert_same(
+        outputs_and_gradients(stock, x, state, mask), outputs_and_gradients(fast, x, state, mask)
+    )
+
+
+def test_long_window_of_realistic_size():
+    stock, fast = twins(64, return_sequences=True)
+    shape = (48, 120, 24)
+    stock.build(shape)
+    fast.build(shape)
+    fast.set_weights(stock.get_weights())
+    x = keras.random.normal(shape, seed=1)
+    state = [keras.random.normal((48, 64), seed=s) for s in (2, 3)]
+    mask = tf.sequence_mask(np.arange(48) * 3, 120)
+    assert_same(
+        outputs_and_gradients(stock, x, state, mask), outputs_and_gradients(fast, x, state, mask)
+    )
+
+
+def test_eager_is_graph():
+    layer = layers.LSTM(5, return_sequences=True, return_state=True)
+    x = keras.random.normal((3, 4, 2), seed=0)
+    mask = tf.constant([[True] * 4, [True, False, True, False], [False] * 4])
+    layer(x)
+
+    def run(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            results = layer(x, mask=mask)
+            loss = tf.add_n([tf.reduce_sum(r**2) for r in results])
+        return [*results, *tape.gradient(loss, [x, *layer.trainable_weights])]
+
+    for eager, graph in zip(run(x), tf.function(run)(x), strict=True):
+        np.testing.assert_allclose(eager, graph, atol=1e-6)
+
+
+def test_tape_outside_the_function():
+    layer = layers.LSTM(4, return_sequences=True)
+    x = keras.random.normal((2, 5, 3), seed=0)
+    layer(x)
+    gradients = []
+    for call in (layer, tf.function(layer)):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(call(x) ** 2)
+        gradients.append(tape.gradient(loss, x))
+    np.testing.assert_allclose(*gradients, atol=1e-6)
+
+
+def test_jit_compile():
+    layer = layers.LSTM(4, return_sequences=True)
+    x = keras.random.normal((32, 5, 3), seed=0)
+    layer(x)
+
+    def run(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(layer(x) ** 2)
+        return [loss, *tape.gradient(loss, [x, *layer.trainable_weights])]
+
+    compiled = tf.function(run, jit_compile=True)(x)
+    for a, b in zip(tf.function(run)(x), compiled, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivative_is_an_error():
+    layer = layers.LSTM(3)
+    x = keras.random.normal((2, 4, 3), seed=0)
+    layer(x)
+
+    def second(x):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                loss = tf.reduce_sum(layer(x))
+            gradient = inner.gradient(loss, x)
+        return outer.gradient(gradient, x)
+
+    for run in (second, tf.function(second, autograph=False)):
+        with pytest.raises(LookupError, match="second derivative"):
+            run(x)
+
+
+def test_stateful_carry_over_windows():
+    stock, fast = twins(6, stateful=True, return_sequences=True)
+    share_weights(stock, fast, (33, 5, 4))
+    x = keras.random.normal((33, 15, 4), seed=0)
+    mask = tf.sequence_mask(np.arange(33) % 16, 15)
+    for start in (0, 5, 10):
+        window = slice(start, start + 5)
+        np.testing.assert_allclose(
+            stock(x[:, window], mask=mask[:, window]),
+            fast(x[:, window], mask=mask[:, window]),
+            atol=1e-6,
+        )
+    for a, b in zip(stock.states, fast.states, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    fast.reset_state()
+    assert not np.any(fast.states[0])
+
+
+def test_stateless_scope_with_dynamic_batch_and_time():
+    inputs = keras.Input(batch_shape=(4, 5, 3))
+    layer = layers.LSTM(6, stateful=True)
+    model = keras.Model(inputs, layer(inputs))
+    stock = keras.layers.LSTM(6, return_state=True)
+    stock.build((None, None, 3))
+    stock.set_weights(layer.get_weights())
+    before = [s.numpy() for s in layer.states]
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, 3])] + [tf.TensorSpec([None, 6])] * 2)
+    def step(x, h, c):
+        with keras.StatelessScope() as scope:
+            for variable, state in zip(layer.states, (h, c), strict=True):
+                scope.add_update((variable, state))
+            y = layer(x)
+        return y, *(scope.get_current_value(s) for s in layer.states)
+
+    for batch, time in ((1, 7), (9, 2), (40, 3)):
+        x = keras.random.normal((batch, time, 3), seed=batch)
+        state = [keras.random.normal((batch, 6), seed=s) for s in (1, 2)]
+        for a, b in zip(stock(x, initial_state=state), step(x, *state), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+    for old, new in zip(before, layer.states, strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert model.count_params() == stock.count_params()
+
+
+def test_fit_save_and_load(tmp_path):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((6,), dtype="int32"),
+            keras.layers.Embedding(20, 8, mask_zero=True),
+            layers.LSTM(5, dropout=0.1, return_sequences=True, name="first"),
+            keras.layers.Bidirectional(layers.LSTM(4), name="both"),
+            keras.layers.Dense(1),
+        ]
+    )
+    model.compile("adam", "mse")
+    tokens = np.random.default_rng(0).integers(0, 20, (32, 6))
+    model.fit(tokens, np.ones((32, 1)), epochs=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded.get_layer("first")) is layers.LSTM
+    np.testing.assert_allclose(
+        model.predict(tokens, verbose=0), loaded.predict(tokens, verbose=0), atol=1e-6
+    )
+
+
+def test_weights_and_config_are_interchangeable(tmp_path):
+    models = []
+    for kind in (keras.layers.LSTM, layers.LSTM):
+        layer = kind(7, go_backwards=True, name="lstm")
+        models.append(keras.Sequential([keras.Input((5, 3)), layer], name="model"))
+    stock, fast = models
+    assert stock.layers[0].get_config() == fast.layers[0].get_config()
+    assert [w.path for w in stock.weights] == [w.path for w in fast.weights]
+    stock.save_weights(tmp_path / "a.weights.h5")
+    fast.load_weights(tmp_path / "a.weights.h5")
+    x = keras.random.normal((2, 5, 3), seed=0)
+    np.testing.assert_allclose(stock(x), fast(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "float64"])
+def test_other_precisions(policy):
+    stock, fast = twins(6, dtype=policy, return_sequences=True)
+    share_weights(stock, fast, (32, 5, 4))
+    x = keras.random.normal((32, 5, 4), seed=0, dtype="float32")
+    a, b = stock(x), fast(x)
+    assert a.dtype == b.dtype
+    np.testing.assert_allclose(
+        tf.cast(a, "float64"), tf.cast(b, "float64"), atol=1e-12 if policy == "float64" else 0.02
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation": "relu"},
+        {"recurrent_activation": "hard_sigmoid"},
+        {"recurrent_dropout": 0.3},
+        {"implementation": 1},
+        {"unroll": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_falls_back_to_keras(options):
+    stock, fast = twins(4, seed=3, **options)
+    share_weights(stock, fast, (3, 5, 2))
+    assert not fast._is_fast()
+    x = keras.random.normal((3, 5, 2), seed=0)
+    np.testing.assert_array_equal(stock(x, training=True), fast(x, training=True))
+
+
+def test_cudnn_only_is_refused_as_by_keras():
+    with pytest.raises(ValueError, match="use_cudnn=True"):
+        layers.LSTM(4, use_cudnn=True)(np.zeros((1, 2, 3), "float32"))
