@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -174,9 +175,9 @@ class TBPTTModel(keras.Model):
         Raises:
             ValueError: If the windows do not fit the model, or have no labels.
         """
-        x = self._windows_dataset(x, needs_labels=True)
-        with preserve_states(self):
-            return super().evaluate(x, *args, **kwargs)
+        dataset = self._windows_dataset(x, needs_labels=True)
+        with preserve_states(self), _preserve_epoch(x):
+            return super().evaluate(dataset, *args, **kwargs)
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Predictions for every row of every window; see `predict_documents` for documents.
@@ -193,10 +194,9 @@ class TBPTTModel(keras.Model):
             Arrays `[steps * lanes, ...]`, each read at the window's last real step where the
             rows are windows of documents.
         """
-        if isinstance(x, DocumentWindows):
-            x = self._windows_dataset(x)
-        with preserve_states(self):
-            return super().predict(x, *args, **kwargs)
+        dataset = self._windows_dataset(x) if isinstance(x, DocumentWindows) else x
+        with preserve_states(self), _preserve_epoch(x):
+            return super().predict(dataset, *args, **kwargs)
 
     def predict_documents(self, documents: Any, offsets: Any = None, verbose: Any = 0) -> Any:
         """One prediction per document, read at its own last real step.
@@ -393,6 +393,17 @@ class TBPTTModel(keras.Model):
                 f"pass a mask on. Received: layers {self._unmasked_layers} of model {self.name!r}, "
                 f"{windows!r}"
             )
+
+
+@contextlib.contextmanager
+def _preserve_epoch(windows: Any) -> Iterator[None]:
+    """Reading training windows without training on them is no epoch of theirs."""
+    epoch = getattr(windows, "epoch", None)
+    try:
+        yield
+    finally:
+        if epoch is not None:
+            windows.epoch = epoch
 
 
 def _has_flags(x: Any) -> bool:

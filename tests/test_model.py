@@ -198,6 +198,16 @@ def test_prediction_leaves_the_state_of_training_alone():
         np.testing.assert_array_equal(one, other)
 
 
+def test_evaluating_the_training_windows_leaves_their_order_alone():
+    model = compiled(token_model())
+    windows = windows_for(model, shuffle=True, seed=1)
+    model.evaluate(windows, verbose=0)
+    model.predict_documents(windows)
+    assert windows.epoch == 0
+    model.fit(windows, verbose=0)
+    assert windows.epoch == 1
+
+
 @keras.saving.register_keras_serializable(package="tests")
 class CountsBackward(L.Layer):
     """An identity that counts how often it is run forwards and backwards."""
