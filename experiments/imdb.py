@@ -9,7 +9,10 @@ training split prefers, reads the test split once, and exports a SavedModel for 
 
 from __future__ import annotations
 
+import json
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import keras
@@ -49,6 +52,10 @@ flags.DEFINE_enum(
 flags.DEFINE_string("data_dir", None, "tensorflow-datasets' directory; its default if not given.")
 flags.DEFINE_string(
     "export_dir", "saved_models/imdb", "Where a new version of the SavedModel goes; '' for nowhere."
+)  # fmt: skip
+flags.DEFINE_multi_string(
+    "try", ["I love this film.", "I hate this film."],
+    "A text for the exported model to classify at the end, in a fresh process; repeat for more.",
 )  # fmt: skip
 flags.DEFINE_integer(
     "steps_per_execution", 16, "Windows that TensorFlow runs between two looks at the bar.", 1
@@ -137,6 +144,36 @@ def main() -> None:
         results["export_path"] = str(path)
         directory.write_results(results)
     print_closing_table(results, directory)
+    if FLAGS.export_dir:
+        texts = FLAGS["try"].value
+        answers = serve_in_a_fresh_process(results["export_path"], texts)
+        runner.print_table(
+            "the saved model says",
+            {text: f"{answer:.4f}" for text, answer in zip(texts, answers, strict=True)},
+        )
+
+
+def serve_in_a_fresh_process(path: str, texts: list[str]) -> list[float]:
+    """Classifies texts as a server would: with TensorFlow and the exported model alone.
+
+    Args:
+        path: The version directory of the exported model.
+        texts: What to classify.
+
+    Returns:
+        The probability of each text.
+    """
+    code = (
+        "import json, sys, tensorflow as tf\n"
+        "serve = tf.saved_model.load(sys.argv[1]).signatures['serving_default']\n"
+        "answer = serve(text=tf.constant(json.loads(sys.argv[2])))['probability']\n"
+        "print(json.dumps(answer.numpy()[:, 0].tolist()))"
+    )
+    command = [sys.executable, "-c", code, path, json.dumps(texts)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise runner.RunError(f"The exported model does not load. Received: {done.stderr.strip()}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def draw_learning_curve(results: dict[str, Any], path: pathlib.Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -30,7 +31,8 @@ def run(*flags, mocked=False, cwd=ROOT):
 
 
 def test_a_run_leaves_behind_what_it_promises(tmp_path):
-    done = run(f"--run_dir={tmp_path}/run", f"--export_dir={tmp_path}/model", mocked=True)
+    places = [f"--run_dir={tmp_path}/run", f"--export_dir={tmp_path}/model"]
+    done = run(*places, "--try=What a film!", mocked=True)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["experiment"] == "imdb" and results["dataset"] == "imdb_reviews"
@@ -44,6 +46,7 @@ def test_a_run_leaves_behind_what_it_promises(tmp_path):
     assert pathlib.Path(results["export_path"], "saved_model.pb").exists()
     left = {p.name for p in (tmp_path / "run").iterdir()}
     assert left >= {"flags.txt", "log.csv", "learning_curve.png", "results.json", "checkpoints"}
+    assert re.search(r"What a film! .*0\.\d{4}", done.stdout)
     assert "imdb_reviews" in done.stdout and "test accuracy" in done.stdout
     assert f"{results['test_accuracy']:.4f}" in done.stdout
 
