@@ -6,6 +6,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_tbptt.pooling import ConcatPooling
+
+__all__ = ["LSTM", "ConcatPooling"]
+
 # Below this many lanes a matrix product is too thin to be worth a thread of its own.
 _LANES_PER_GROUP = 16
 

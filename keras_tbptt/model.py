@@ -10,8 +10,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tbptt.losses import check_window_loss, window_weights
-from keras_tbptt.state import preserve_states, reset_states, state_variables
+from keras_tbptt.layers import ConcatPooling
+from keras_tbptt.losses import FINAL_LOSSES, check_window_loss, window_weights
+from keras_tbptt.reach import WindowHistory, backpropagate, check_backprop_windows
+from keras_tbptt.state import (
+    explicit_state,
+    preserve_states,
+    reset_states,
+    seed_variables,
+    state_variables,
+    stateful_layers,
+)
 from keras_tbptt.windows import DocumentWindows
 
 
@@ -22,9 +31,10 @@ class TBPTTModel(keras.Model):
     `fit`, `evaluate` and `predict` are Keras's own and take `DocumentWindows`. For each window of
     a batch, `train_step` resets the lanes that begin a document, runs the window from the state
     that the window before left, takes the loss and one optimizer step, and leaves the state to
-    the next window; no gradient crosses it (BPTT(h; h') with h = h' = window: Williams and Peng
-    1990, "An efficient gradient-based algorithm for on-line training of recurrent network
-    trajectories", section 3).
+    the next window. How far back the gradient reaches is `backprop_windows`; with 1, no gradient
+    crosses from window to window (BPTT(h; h') with h = h' = window: Williams and Peng 1990, "An
+    efficient gradient-based algorithm for on-line training of recurrent network trajectories",
+    section 3).
 
     The loss that is minimised is Keras's: a mean over the batch, where each lane has the weight of
     its document times what `keras_tbptt.losses.window_weights` gives its window; so a lane that
@@ -39,13 +49,36 @@ class TBPTTModel(keras.Model):
         outputs: The output tensor, or a list or dict of several: `[lanes, ...]`, or
             `[lanes, window, ...]` for a target per step.
         name: Optional str.
-        window_loss: Where the loss is taken: `"per_window"` or `"final_only"`. With
-            `"final_only"`, windows in which no lane ends its document do no backward pass.
+        window_loss: Where the loss is taken: `"per_window"`, `"final_only"`, `"linear_gain"` or
+            `"pooled"` (see `keras_tbptt.losses.window_weights`). With `"final_only"` and `"pooled"`,
+            windows in which no lane ends its document do no backward pass. `"pooled"` needs a
+            `keras_tbptt.layers.ConcatPooling(stateful=True)` before the head: the gradient crosses
+            from window to window through what it pools, and through no recurrent state.
+        backprop_windows: The reach, in windows.
+            An int n >= 1: each window's loss flows back through its last n windows (h = n * window,
+            h' = window).
+            `"all"`: the exact gradient of whole documents. Windows are read forwards, keeping the
+            state at their boundaries, and when the documents of all lanes have ended they are read
+            once more backwards, with the same dropout, for one optimizer step; so in the memory of
+            a few windows. It needs windows with `packing="aligned"`, since no weight may change
+            within a document.
+            `"artbp"`: the gradient is cut at a random boundary, and what crosses one is
+            multiplied by 1 / (1 - cut_probability), so that it is unbiased (Tallec and Ollivier
+            2017, "Unbiasing truncated backpropagation through time", section 4). One optimizer
+            step for the windows between two cuts, which are common to all lanes.
+            None: `"all"` for `"pooled"`, else 1.
+        cut_probability: float in (0, 1), the chance that `"artbp"` cuts at a boundary; the mean
+            reach is 1 / cut_probability windows.
+        burn_in: int >= 0: windows at a document's beginning that are only read forwards, to give
+            the state a start (R2D2: Kapturowski et al. 2019, "Recurrent experience replay in
+            distributed reinforcement learning", section 3), counted in full windows. A
+            document's last window always counts.
         **kwargs: Further arguments of a functional `keras.Model`, such as `trainable`.
 
     Raises:
         ValueError: If the input's batch shape is not fixed, there is no stateful layer or one
-            that reads backwards, or `window_loss` is unknown.
+            that reads backwards, `window_loss` or `backprop_windows` is unknown, or
+            `"pooled"` finds nothing that pools.
 
     Example:
 
@@ -67,11 +100,25 @@ class TBPTTModel(keras.Model):
         name: str | None = None,
         *,
         window_loss: str = "per_window",
+        backprop_windows: int | str | None = None,
+        cut_probability: float = 0.25,
+        burn_in: int = 0,
         **kwargs: Any,
     ):
         check_window_loss(window_loss)
+        if backprop_windows is None:
+            backprop_windows = "all" if window_loss == "pooled" else 1
+        check_backprop_windows(backprop_windows, cut_probability)
+        if not isinstance(burn_in, int) or burn_in < 0:
+            raise ValueError(f"`burn_in` must be an integer >= 0. Received: burn_in={burn_in!r}")
         super().__init__(inputs, outputs, name=name, **kwargs)
         self.window_loss = window_loss
+        self.backprop_windows = backprop_windows
+        self.cut_probability = cut_probability
+        self.burn_in = burn_in
+        self._history: WindowHistory | None = None
+        if backprop_windows == "artbp":
+            self._cuts = keras.random.SeedGenerator()
         self.supports_masking = True
         shapes = [tuple(tensor.shape) for tensor in self.inputs]
         if len(shapes) != 1 or len(shapes[0]) < 2 or None in shapes[0][:2]:
@@ -82,10 +129,21 @@ class TBPTTModel(keras.Model):
             )
         self.lanes, self.window = shapes[0][:2]
         state_variables(self)
+        self._pools = [
+            isinstance(layer, ConcatPooling)
+            for layer in stateful_layers(self)
+            for _ in keras.tree.flatten(layer.states)
+        ]
+        if window_loss == "pooled" and not any(self._pools):
+            raise ValueError(
+                'window_loss="pooled" needs a keras_tbptt.layers.ConcatPooling(stateful=True) between '
+                "the recurrent layers (return_sequences=True) and the head. "
+                f"Received: layers {[layer.name for layer in self.layers]}"
+            )
         self._unmasked_layers = [
             layer.name
             for layer in self.layers
-            if isinstance(layer, keras.layers.RNN)
+            if isinstance(layer, (keras.layers.RNN, ConcatPooling))
             and not _is_masked(layer._inbound_nodes[0].input_tensors[0])
         ]
 
@@ -119,6 +177,13 @@ class TBPTTModel(keras.Model):
                 "Every metric of a TBPTTModel is weighted: put them all into `weighted_metrics`. "
                 f"Received: metrics={metrics}, weighted_metrics={weighted_metrics}"
             )
+        if self.backprop_windows != 1:
+            if kwargs.setdefault("jit_compile", False) is True:
+                raise ValueError(
+                    "XLA cannot compile a history of windows: leave jit_compile out, or set "
+                    "backprop_windows=1. Received: jit_compile=True, "
+                    f"backprop_windows={self.backprop_windows!r}"
+                )
         super().compile(
             optimizer,
             loss,
@@ -151,7 +216,16 @@ class TBPTTModel(keras.Model):
         Raises:
             ValueError: If the windows do not fit the model, or have no labels.
         """
+        packing = getattr(x, "packing", "aligned")
+        if self.backprop_windows == "all" and packing != "aligned":
+            raise ValueError(
+                'backprop_windows="all" takes one step for all lanes when their documents have '
+                'ended: give it DocumentWindows(..., packing="aligned"). '
+                f"Received: packing={packing!r}"
+            )
         x = self._windows_dataset(x, needs_labels=True)
+        if self._history is not None:
+            self._history.clear()
         kwargs.setdefault("shuffle", False)  # Keras warns that it cannot shuffle a dataset
         if class_weight is not None:
             x = x.map(_class_weigher(class_weight, x.element_spec))
@@ -243,7 +317,10 @@ class TBPTTModel(keras.Model):
         """
         x, y, sample_weight = _unpack(data)
         reset_states(self, x["starts"])
-        share = window_weights(self.window_loss, x, self.window, per_step=_is_per_step(data))
+        share = self._share(x, per_step=_is_per_step(data))
+        learns = tf.reduce_any(share > 0)
+        if self.backprop_windows != 1:
+            return self._train_step_with_reach(x, y, sample_weight, share, learns)
 
         def learn():
             with tf.GradientTape() as tape:
@@ -259,14 +336,89 @@ class TBPTTModel(keras.Model):
         def read():
             return tf.zeros([], keras.backend.floatx()), self._read(x, training=True)
 
-        if self.window_loss == "final_only":
+        if self._may_only_read:
             # Variables cannot be made inside a branch of tf.cond.
             self.optimizer.build(self.trainable_variables)
-            loss, y_pred = tf.cond(tf.reduce_any(share > 0), learn, read)
+            loss, y_pred = tf.cond(learns, learn, read)
         else:
             loss, y_pred = learn()
         self._track_loss(loss, share)
         return self.compute_metrics(x["inputs"], y, y_pred, sample_weight * share)
+
+    def _train_step_with_reach(
+        self, x: Any, y: Any, sample_weight: tf.Tensor, share: tf.Tensor, learns: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """Reads a window, keeps what it takes to read it again, and learns when it is time."""
+        weight = sample_weight * share
+        window = {
+            "inputs": x["inputs"],
+            "starts": x["starts"],
+            "lengths": x["lengths"],
+            "states": [tf.identity(variable.value) for variable in state_variables(self)],
+            "seeds": [tf.identity(variable.value) for variable in seed_variables(self)],
+            "y": y,
+            "weight": weight,
+        }
+        history = self._history_of(window)
+        history.append(window)
+        y_pred = self._read(x, training=True)
+        loss = self.compute_loss(x["inputs"], y, y_pred, weight, training=True)
+
+        sliding = isinstance(self.backprop_windows, int)
+        crossing = 1.0
+        if not sliding:
+            learns = tf.reduce_all(x["ends"] | (x["lengths"] == 0))  # in every lane
+        if self.backprop_windows == "artbp":
+            draw = keras.random.uniform([], seed=self._cuts)
+            learns |= tf.cast(draw, "float32") < self.cut_probability
+            crossing = 1 / (1 - self.cut_probability)
+        crossings = [
+            crossing if pools or self.window_loss != "pooled" else 0.0 for pools in self._pools
+        ]
+
+        def learn():
+            gradients = backpropagate(
+                history,
+                self._read_again,
+                [variable.value for variable in self.trainable_variables],
+                window["states"],
+                crossings,
+            )
+            self.optimizer.apply(gradients, self.trainable_variables)
+            if not sliding:
+                history.clear()
+            return True
+
+        self.optimizer.build(self.trainable_variables)
+        tf.cond(learns, learn, lambda: False)
+        self._track_loss(loss, share)
+        return self.compute_metrics(x["inputs"], y, y_pred, weight)
+
+    def _read_again(
+        self, window: Mapping[str, Any], back: tf.Tensor
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """The loss of a window that was read `back` windows ago, and the state after it."""
+        newest = tf.cast(back == 0, window["weight"].dtype)
+        weight = window["weight"]
+        if isinstance(self.backprop_windows, int):
+            weight *= newest
+        y_pred, new_states = explicit_state(self)(
+            window["inputs"], window["states"], True, self._mask(window), window["seeds"]
+        )
+        y_pred = keras.tree.map_structure(_unmasked, y_pred, self.output)
+        loss = self.compute_loss(window["inputs"], window["y"], y_pred, weight, training=True)
+        loss -= (1 - tf.cast(newest, loss.dtype)) * self._penalty(loss)  # once in a step
+        return self.optimizer.scale_loss(loss), new_states
+
+    def _history_of(self, window: Any) -> WindowHistory:
+        """The history for windows like this; inside a graph too, variables are made outside."""
+        spec = [(tensor.shape, tensor.dtype) for tensor in tf.nest.flatten(window)]
+        if self._history is None or self._history.spec != spec:
+            limit = self.backprop_windows if isinstance(self.backprop_windows, int) else None
+            specs = tf.nest.map_structure(tf.TensorSpec.from_tensor, window)
+            with tf.init_scope():
+                self._history = WindowHistory(specs, limit)
+        return self._history
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Reads one window of every lane, and counts the documents that end in it.
@@ -330,25 +482,49 @@ class TBPTTModel(keras.Model):
 
     def get_config(self) -> dict[str, Any]:
         """The model's configuration, for `from_config` and `.keras` files."""
-        return {**super().get_config(), "window_loss": self.window_loss}
+        return {
+            **super().get_config(),
+            "window_loss": self.window_loss,
+            "backprop_windows": self.backprop_windows,
+            "cut_probability": self.cut_probability,
+            "burn_in": self.burn_in,
+        }
 
     def _read(self, x: Mapping[str, tf.Tensor], training: bool) -> Any:
-        # An idle lane keeps one step, its own row's, as cuDNN refuses fully masked rows.
-        mask = None
-        if not self._unmasked_layers:
-            mask = tf.sequence_mask(tf.maximum(x["lengths"], 1), self.window)
-        y_pred = self(x["inputs"], training=training, mask=mask)
+        y_pred = self(x["inputs"], training=training, mask=self._mask(x))
         # Without their masks, by which Keras would weigh the loss a second time.
         return keras.tree.map_structure(tf.identity, y_pred)
 
+    def _mask(self, x: Mapping[str, tf.Tensor]) -> tf.Tensor | None:
+        # An idle lane keeps one step, its own row's, as cuDNN refuses fully masked rows.
+        if self._unmasked_layers:
+            return None
+        return tf.sequence_mask(tf.maximum(x["lengths"], 1), self.window)
+
+    def _share(self, x: Mapping[str, tf.Tensor], per_step: bool) -> tf.Tensor:
+        """How much each lane's window counts in training: `[lanes]` or `[lanes, window]`."""
+        share = window_weights(self.window_loss, x, self.window, per_step=per_step)
+        if self.burn_in:
+            warm = x["ends"] | (x["offsets"] >= self.burn_in * self.window)
+            share *= tf.cast(warm[:, None] if per_step else warm, share.dtype)
+        return share
+
+    @property
+    def _may_only_read(self) -> bool:
+        """Whether there may be windows in which no lane has anything to learn from."""
+        return self.window_loss in FINAL_LOSSES or self.burn_in > 0
+
     def _track_loss(self, loss: tf.Tensor, share: tf.Tensor) -> None:
         """Adds a batch to the reported loss: its mean over what counts, not over all lanes."""
-        penalty = tf.add_n(
-            [tf.cast(term, loss.dtype) for term in self.losses] or [tf.zeros_like(loss)]
-        )
+        penalty = self._penalty(loss)
         total = tf.cast(tf.reduce_sum(share), loss.dtype)
         mean = (loss - penalty) * tf.math.divide_no_nan(tf.cast(tf.size(share), loss.dtype), total)
         self._loss_tracker.update_state(mean + penalty, sample_weight=total)
+
+    def _penalty(self, loss: tf.Tensor) -> tf.Tensor:
+        """What regularisation adds to the loss."""
+        terms = [tf.cast(term, loss.dtype) for term in self.losses]
+        return tf.add_n(terms) if terms else tf.zeros_like(loss)
 
     def _windows_dataset(self, windows: Any, needs_labels: bool = False) -> tf.data.Dataset:
         if isinstance(windows, tf.data.Dataset):
@@ -419,6 +595,11 @@ def _unpack(data: Any) -> tuple[Mapping[str, tf.Tensor], Any, tf.Tensor]:
             f"Received: x={x}, y={y}, sample_weight={sample_weight}"
         )
     return x, y, sample_weight
+
+
+def _unmasked(tensor: tf.Tensor, symbolic: keras.KerasTensor) -> tf.Tensor:
+    """Without its mask, and of the shape that the model's own batch gives it."""
+    return tf.ensure_shape(tf.identity(tensor), symbolic.shape)
 
 
 def _is_per_step(data: Any) -> bool:

@@ -14,7 +14,8 @@ import tensorflow as tf
 def stateful_layers(model: keras.Model) -> list[keras.layers.RNN]:
     """Finds every stateful recurrent layer, in nested models and wrappers too.
 
-    LSTM, GRU, SimpleRNN, ConvLSTM and RNN of any cells, `StackedRNNCells` included.
+    LSTM, GRU, SimpleRNN, ConvLSTM and RNN of any cells, `StackedRNNCells` included; and any layer
+    that has what they have: `stateful`, `states` and `get_initial_state(batch_size)`.
 
     Args:
         model: A built `keras.Model`.
@@ -34,8 +35,8 @@ def stateful_layers(model: keras.Model) -> list[keras.layers.RNN]:
                 f"half reads steps that have not come yet. Use its forward layer alone. "
                 f"Received: layer {layer.name!r} in model {model.name!r}"
             )
-        if isinstance(layer, keras.layers.RNN) and layer.stateful:
-            if layer.go_backwards:
+        if getattr(layer, "stateful", False) and hasattr(layer, "get_initial_state"):
+            if getattr(layer, "go_backwards", False):
                 raise ValueError(
                     "A layer with go_backwards=True cannot carry its state from window to window: "
                     "it reads the last step first. Build it with go_backwards=False. "
@@ -73,6 +74,20 @@ def state_variables(model: keras.Model) -> list[keras.Variable]:
             )
         variables += keras.tree.flatten(layer.states)
     return variables
+
+
+def seed_variables(model: keras.Model) -> list[keras.Variable]:
+    """The states of all random generators that the model's layers draw from, dropout's for one.
+
+    Args:
+        model: A built `keras.Model`.
+
+    Returns:
+        Integer variables, each once.
+    """
+    # A generator shared by two layers is listed by both.
+    generators = [g for layer in model._flatten_layers() for g in layer._seed_generators]
+    return list({id(g.state): g.state for g in generators}.values())
 
 
 def initial_states(model: keras.Model, lanes: int | tf.Tensor | None = None) -> list[tf.Tensor]:
@@ -175,18 +190,24 @@ def explicit_state(model: keras.Model) -> Callable:
         model: A built `keras.Model` with stateful layers.
 
     Returns:
-        A function `(inputs, states, training=False, mask=None) -> (outputs, new_states)`.
-        `inputs` is what the model takes, with any number of rows; `states` and `new_states` are
-        lists of tensors `[rows, ...]` in the order of `state_variables`; `mask` is bool
-        `[rows, window]`. Inside a `tf.function` there may be any number of rows; eagerly it must be
-        the model's own. What else a training call updates, such as seeds of dropout and moving
-        averages, is updated as usual.
+        A function `(inputs, states, training=False, mask=None, seeds=None)` that returns
+        `(outputs, new_states)`. `inputs` is what the model takes, with any number of rows; `states`
+        and `new_states` are lists of tensors `[rows, ...]` in the order of `state_variables`;
+        `mask` is bool `[rows, window]`. Inside a `tf.function` there may be any number of rows;
+        eagerly it must be the model's own. What else a training call updates, such as seeds of
+        dropout and moving averages, is updated as usual. With `seeds`, the values that
+        `seed_variables` had before an earlier call, that call is done again: dropout is drawn the
+        same way, and nothing is updated.
     """
     variables = state_variables(model)
     owned = {id(variable) for variable in variables}
 
     def call(
-        inputs: Any, states: Sequence[tf.Tensor], training: bool = False, mask: Any = None
+        inputs: Any,
+        states: Sequence[tf.Tensor],
+        training: bool = False,
+        mask: Any = None,
+        seeds: Sequence[tf.Tensor] | None = None,
     ) -> tuple[Any, list[tf.Tensor]]:
         if not tf.executing_eagerly():
             inputs, states, mask = keras.tree.map_structure(_any_rows, (inputs, list(states), mask))
@@ -194,11 +215,15 @@ def explicit_state(model: keras.Model) -> Callable:
             for variable, state in zip(variables, states, strict=True):
                 # Not by state_mapping: that insists on the training batch's number of rows.
                 scope.add_update((variable, tf.cast(state, variable.dtype)))
+            if seeds is not None:
+                for variable, seed in zip(seed_variables(model), seeds, strict=True):
+                    scope.add_update((variable, seed))
             outputs = _call_masked(model, inputs, training, mask)
-        for variable in model.non_trainable_variables:
-            value = scope.get_current_value(variable)
-            if value is not None and id(variable) not in owned:
-                variable.assign(value)
+        if seeds is None:
+            for variable in model.non_trainable_variables:
+                value = scope.get_current_value(variable)
+                if value is not None and id(variable) not in owned:
+                    variable.assign(value)
         return outputs, [scope.get_current_value(variable) for variable in variables]
 
     return call
