@@ -21,18 +21,29 @@ from absl import flags
 import keras_tbptt
 from experiments import data, runner
 from keras_tbptt import text
-from keras_tbptt.losses import WINDOW_LOSSES
+from keras_tbptt.losses import FINAL_LOSSES, WINDOW_LOSSES
 from keras_tbptt.packing import PACKINGS
 
 flags.DEFINE_integer("window", 30, "Steps in a window (K): words in one backward pass.", 1)
 flags.DEFINE_enum(
     "window_loss", "per_window", WINDOW_LOSSES,
-    "Where the loss is taken: at every window, or at the last window of a review.",
+    "Where the loss is taken: at every window, at the last window of a review, at every window with a "
+    "weight that rises, or once for outputs that are pooled over all windows.",
 )  # fmt: skip
+flags.DEFINE_string(
+    "backprop_windows", None,
+    "How many windows the gradient flows back through: a number, `all`, or `artbp`; by default 1, and "
+    "`all` with --window_loss=pooled.",
+)  # fmt: skip
+flags.register_validator(
+    "backprop_windows",
+    lambda reach: reach in (None, "all", "artbp") or (reach.isdigit() and int(reach) > 0),
+    "must be a whole number from 1, `all` or `artbp`",
+)
 flags.DEFINE_enum(
     "packing", None, list(PACKINGS),
-    "How reviews share lanes; by default `aligned` with --window_loss=final_only, so that whole "
-    "batches have no backward pass to do, else `packed`.",
+    "How reviews share lanes; by default `aligned` where the loss is taken once a review, so that "
+    "whole batches have no backward pass to do, or reach is `all`; else `packed`.",
 )  # fmt: skip
 flags.DEFINE_integer("lanes", 64, "Rows of a batch: reviews read side by side.", 1)
 flags.DEFINE_integer("epochs", 3, "Passes over the training reviews.", 1)
@@ -70,10 +81,20 @@ def build_model() -> keras_tbptt.TBPTTModel:
     tokens = keras.Input(batch_shape=(lanes, window), dtype="int32", name="tokens")
     x = keras.layers.Embedding(FLAGS.vocab_size, FLAGS.embedding_dim, mask_zero=True)(tokens)
     x = keras.layers.Dropout(FLAGS.word_dropout, noise_shape=(lanes, window, 1))(x)
-    x = keras.layers.LSTM(FLAGS.units, stateful=True)(x)
+    pooled = FLAGS.window_loss == "pooled"
+    x = keras.layers.LSTM(FLAGS.units, stateful=True, return_sequences=pooled)(x)
+    if pooled:
+        x = keras_tbptt.layers.ConcatPooling(stateful=True)(x)
     x = keras.layers.Dropout(FLAGS.dropout)(x)
     outputs = keras.layers.Dense(1, activation="sigmoid")(x)
-    return keras_tbptt.TBPTTModel(tokens, outputs, name="imdb", window_loss=FLAGS.window_loss)
+    reach = FLAGS.backprop_windows
+    return keras_tbptt.TBPTTModel(
+        tokens,
+        outputs,
+        name="imdb",
+        window_loss=FLAGS.window_loss,
+        backprop_windows=int(reach) if reach and reach.isdigit() else reach,
+    )
 
 
 def main() -> None:
@@ -88,7 +109,9 @@ def main() -> None:
     directory = runner.RunDirectory("imdb", f"window{FLAGS.window}-{FLAGS.window_loss}")
 
     vectorizer = text.make_vectorizer(corpus.train.texts, FLAGS.vocab_size)
-    packing = FLAGS.packing or ("aligned" if FLAGS.window_loss == "final_only" else "packed")
+    model = build_model()
+    together = FLAGS.window_loss in FINAL_LOSSES or model.backprop_windows == "all"
+    packing = FLAGS.packing or ("aligned" if together else "packed")
     windows = {
         name: keras_tbptt.DocumentWindows(
             text.encode(vectorizer, split.texts),
@@ -103,8 +126,8 @@ def main() -> None:
     }
     train, valid, test = windows.values()
 
-    model = build_model()
-    rate = keras.optimizers.schedules.CosineDecay(FLAGS.learning_rate, FLAGS.epochs * len(train))
+    steps = FLAGS.epochs * model.optimizer_steps(train)
+    rate = keras.optimizers.schedules.CosineDecay(FLAGS.learning_rate, steps)
     model.compile(
         keras.optimizers.Adam(rate, clipnorm=1.0),
         "binary_crossentropy",
@@ -125,6 +148,7 @@ def main() -> None:
         "dataset": corpus.name,
         "window": FLAGS.window,
         "window_loss": FLAGS.window_loss,
+        "backprop_windows": model.backprop_windows,
         "lanes": FLAGS.lanes,
         "seed": FLAGS.seed,
         "packing": packing,
@@ -216,7 +240,7 @@ def print_closing_table(results: dict[str, Any], directory: runner.RunDirectory)
         ),
         "window, lanes": f"{results['window']}, {results['lanes']} ({results['packing']}, "
         f"{results['packing_efficiency']:.3f} real steps)",
-        "window loss": results["window_loss"],
+        "window loss, reach": f"{results['window_loss']}, {results['backprop_windows']}",
     }
     for record in records:
         rows[f"epoch {record['epoch']}"] = (

@@ -70,17 +70,18 @@ class RunDirectory:
     Args:
         experiment: Name of the experiment.
         key: What tells this run from others in a listing, such as `"window30"`.
+        resume: Whether a folder that holds a run already is gone on with.
 
     Raises:
-        RunError: If the folder cannot be written, or holds a run already.
+        RunError: If the folder cannot be written, or holds a run already and `resume` is False.
     """
 
-    def __init__(self, experiment: str, key: str):
+    def __init__(self, experiment: str, key: str, resume: bool = False):
         self.experiment = experiment
         stamp = time.strftime("%Y%m%d-%H%M%S")
         given = flags.FLAGS.run_dir
         self.path = pathlib.Path(given or f"runs/{experiment}/{stamp}-{key}")
-        if (self.path / "flags.txt").exists():
+        if (self.path / "flags.txt").exists() and not resume:
             raise RunError(
                 "The run directory holds a run already: name another with --run_dir. "
                 f"Received: --run_dir={self.path}"
@@ -235,6 +236,20 @@ def print_table(title: str, rows: Mapping[str, Any]) -> None:
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in rows.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table)
+
+
+def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a table of rows.
+
+    Args:
+        title: Its headline.
+        columns: Headings.
+        rows: A value per column each.
+    """
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*map(str, row))
     Console().print(table)
 
 

@@ -306,6 +306,26 @@ class TBPTTModel(keras.Model):
 
         return keras.tree.map_structure(in_order, rows)
 
+    def optimizer_steps(self, windows: DocumentWindows) -> int:
+        """How many steps the optimizer takes in an epoch, as learning rate schedules count them.
+
+        Args:
+            windows: The `DocumentWindows` to be trained on.
+
+        Returns:
+            int: the windows in which any lane learns; with `backprop_windows="all"` the groups of
+            documents, and with `"artbp"` the expected number.
+        """
+        plan = windows.plan
+        if self.backprop_windows == "all":
+            return int(plan.starts.any(axis=1).sum())
+        if self.backprop_windows == "artbp":
+            return max(1, round(self.cut_probability * len(windows)))
+        learns = plan.ends if self.window_loss in FINAL_LOSSES else plan.length > 0
+        if self.burn_in:
+            learns = learns & (plan.ends | (plan.offset >= self.burn_in * self.window))
+        return int(learns.any(axis=1).sum())
+
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Learns from one window of every lane.
 

@@ -1,0 +1,233 @@
+"""What a window costs: test accuracy on IMDB by window, window loss and reach.
+
+    python -m experiments.window_study --run_dir runs/window_study/mine
+
+Each cell of the grid is one run of `experiments.imdb` in a process of its own. The study keeps what
+is done: the same command with the same --run_dir goes on where it stopped, so a long grid can be run
+in pieces, and widened later.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from absl import flags
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from experiments import data, runner
+from keras_tbptt.losses import WINDOW_LOSSES
+
+flags.DEFINE_list(
+    "windows", ["10", "30", "50", "100", "400", "full"],
+    "Windows (K), in words. `full` is the exact gradient of the whole review: reach `all`.",
+)  # fmt: skip
+flags.DEFINE_list("window_losses", list(WINDOW_LOSSES), "Where the loss is taken.")
+flags.DEFINE_list(
+    "cells", ["30/final_only/all", "30/per_window/all"],
+    "Further cells beside windows x window losses, as window/window loss/reach.",
+)  # fmt: skip
+flags.DEFINE_list("seeds", ["0"], "Seeds; each cell is run once for each.")
+flags.DEFINE_integer("epochs", 3, "Passes over the training reviews.", 1)
+flags.DEFINE_integer("limit", None, "Reviews of each split; all if not given.", 4)
+flags.DEFINE_enum("data", "imdb_reviews", data.DATASETS, "As in experiments.imdb.")
+flags.DEFINE_string("data_dir", None, "tensorflow-datasets' directory; its default if not given.")
+flags.adopt_module_key_flags(runner)
+FLAGS = flags.FLAGS
+
+_FULL = 400  # the window in which an exact gradient is computed; it has no influence on it
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting of the grid. Reach None is the window loss's own."""
+
+    window: str
+    window_loss: str
+    reach: str | None
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """The name of the cell's folder."""
+        reach = "" if self.reach is None else f"-reach_{self.reach}"
+        return f"window_{self.window}-{self.window_loss}{reach}-seed_{self.seed}"
+
+    @property
+    def arguments(self) -> list[str]:
+        """Flags of `experiments.imdb`."""
+        full = self.window == "full"
+        reach = "all" if full else self.reach
+        return [
+            f"--window={_FULL if full else self.window}",
+            f"--window_loss={self.window_loss}",
+            f"--seed={self.seed}",
+            *([f"--backprop_windows={reach}"] if reach else []),
+        ]
+
+
+def cells() -> Iterator[Cell]:
+    """The grid that the flags say, without repetitions.
+
+    Raises:
+        runner.RunError: If a cell means nothing.
+    """
+    grid = [(window, loss, None) for window in FLAGS.windows for loss in FLAGS.window_losses]
+    # In one window a review is read whole: its only window is its last, whatever the loss.
+    grid = [cell for cell in grid if cell[0] != "full"]
+    if "full" in FLAGS.windows:
+        grid.append(("full", "final_only", None))
+    for text in FLAGS.cells:
+        parts = text.split("/")
+        if len(parts) != 3:
+            raise runner.RunError(
+                f"A cell is window/window loss/reach, such as 30/final_only/all. Received: {text}"
+            )
+        grid.append(tuple(parts))
+    for window, loss, _ in grid:
+        if loss not in WINDOW_LOSSES or not (window == "full" or window.isdigit()):
+            raise runner.RunError(
+                f"A window is a number or `full`, a window loss one of {', '.join(WINDOW_LOSSES)}. "
+                f"Received: {window}, {loss}"
+            )
+    for seed in FLAGS.seeds:
+        for cell in dict.fromkeys(grid):
+            yield Cell(*cell, seed=int(seed))
+
+
+def run_cell(cell: Cell, directory: runner.RunDirectory) -> dict[str, Any]:
+    """Runs `experiments.imdb` for a cell, unless that was done before.
+
+    Args:
+        cell: What to run.
+        directory: The study's folder.
+
+    Returns:
+        The cell's figures.
+
+    Raises:
+        runner.RunError: If the run fails.
+    """
+    folder = directory / "cells" / cell.key
+    if not (folder / "results.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+        folder.parent.mkdir(exist_ok=True)
+        log = folder.with_suffix(".log")
+        shared = {"epochs": FLAGS.epochs, "limit": FLAGS.limit, "data": FLAGS.data}
+        shared |= {"data_dir": FLAGS.data_dir, "run_dir": folder, "export_dir": ""}
+        given = [f"--{name}={value}" for name, value in shared.items() if value is not None]
+        command = [sys.executable, "-m", "experiments.imdb", *cell.arguments, *given]
+        with log.open("w") as output:
+            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
+        if done.returncode:
+            last = log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise runner.RunError(f"The cell {cell.key} failed; see {log}. Received: {last}")
+    results = json.loads((folder / "results.json").read_text())
+    return {
+        "window": cell.window,
+        "window_loss": cell.window_loss,
+        "backprop_windows": results["backprop_windows"],
+        "seed": cell.seed,
+        "test_accuracy": results["test_accuracy"],
+        "train_seconds": round(sum(e["train_seconds"] for e in results["epochs"]), 1),
+        "peak_rss_mb": results["peak_rss_mb"],
+        "packing_efficiency": results["packing_efficiency"],
+    }
+
+
+def main() -> None:
+    """Runs what is missing of the grid, and shows the whole."""
+    todo = list(cells())
+    directory = runner.RunDirectory("window_study", f"{len(todo)}cells", resume=True)
+    rows = []
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    ) as bar:
+        task = bar.add_task("cells", total=len(todo))
+        for cell in todo:
+            bar.update(task, description=cell.key)
+            began = time.perf_counter()
+            rows.append(run_cell(cell, directory))
+            bar.print(f"{cell.key}: {rows[-1]['test_accuracy']:.4f}, "
+                      f"{time.perf_counter() - began:.0f} s")  # fmt: skip
+            directory.write_results({"dataset": FLAGS.data, "epochs": FLAGS.epochs, "cells": rows})
+            bar.advance(task)
+    draw(rows, directory / "window_study.png")
+    print_closing_table(rows)
+    print(f"run directory: {directory.path}")
+
+
+def by_setting(rows: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
+    """Rows of the same window, window loss and reach, whatever the seed."""
+    settings: dict[tuple, list] = {}
+    for row in rows:
+        key = (row["window"], row["window_loss"], row["backprop_windows"])
+        settings.setdefault(key, []).append(row)
+    return settings
+
+
+def print_closing_table(rows: list[dict[str, Any]]) -> None:
+    """Prints a line for each setting, with the mean and the range over seeds."""
+    lines = []
+    for (window, loss, reach), runs in by_setting(rows).items():
+        accuracy = [run["test_accuracy"] for run in runs]
+        spread = f" ({min(accuracy):.4f}-{max(accuracy):.4f})" if len(runs) > 1 else ""
+        lines.append(
+            (
+                window,
+                loss,
+                reach,
+                f"{np.mean(accuracy):.4f}{spread}",
+                f"{np.median([run['train_seconds'] for run in runs]):.0f}",
+                f"{np.median([run['peak_rss_mb'] for run in runs]):.0f}",
+            )
+        )
+    columns = ("window", "window loss", "reach", "test accuracy", "seconds", "peak MB")
+    runner.print_rows("experiments.window_study", columns, lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Any) -> None:
+    """Draws accuracy and seconds by window, a line for each window loss."""
+    settings = by_setting(rows)
+    with runner.figure(path, columns=2) as (accuracy, seconds):
+        for loss in WINDOW_LOSSES:
+            own = "all" if loss == "pooled" else 1
+            points = sorted(
+                (int(window), runs)
+                for (window, name, reach), runs in settings.items()
+                if (name, reach) == (loss, own) and window != "full"
+            )
+            if points:
+                x = [window for window, _ in points]
+                for axes, name in ((accuracy, "test_accuracy"), (seconds, "train_seconds")):
+                    axes.plot(x, [np.mean([r[name] for r in runs]) for _, runs in points], "o-",
+                              label=loss)  # fmt: skip
+        others = [
+            (key, runs)
+            for key, runs in settings.items()
+            if key[0] == "full" or key[2] != ("all" if key[1] == "pooled" else 1)
+        ]
+        for marker, ((window, loss, reach), runs) in zip("*sD^vP", others, strict=False):
+            x = _FULL * 3 if window == "full" else int(window)
+            label = "whole reviews" if window == "full" else f"{loss}, reach {reach}"
+            for axes, name in ((accuracy, "test_accuracy"), (seconds, "train_seconds")):
+                y = np.mean([run[name] for run in runs])
+                axes.plot([x], [y], marker, color="black", label=label, markersize=8)
+        for axes, title in (
+            (accuracy, "test accuracy"),
+            (seconds, f"training seconds, {FLAGS.epochs} epochs"),
+        ):
+            axes.set(xscale="log", xlabel="window K, words", title=title)
+            axes.grid(alpha=0.3)
+        accuracy.legend(fontsize=7)
+
+
+if __name__ == "__main__":
+    runner.run(main)
