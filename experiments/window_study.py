@@ -9,11 +9,12 @@ in pieces, and widened later.
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ flags.DEFINE_list(
     "Further cells beside windows x window losses, as window/window loss/reach.",
 )  # fmt: skip
 flags.DEFINE_list("seeds", ["0"], "Seeds; each cell is run once for each.")
+flags.DEFINE_integer("jobs", 1, "Cells run side by side, each on its share of the cores.", 1)
 flags.DEFINE_integer("epochs", 3, "Passes over the training reviews.", 1)
 flags.DEFINE_integer("limit", None, "Reviews of each split; all if not given.", 4)
 flags.DEFINE_enum("data", "imdb_reviews", data.DATASETS, "As in experiments.imdb.")
@@ -125,7 +127,13 @@ def run_cell(cell: Cell, directory: runner.RunDirectory) -> dict[str, Any]:
         given = [f"--{name}={value}" for name, value in shared.items() if value is not None]
         command = [sys.executable, "-m", "experiments.imdb", *cell.arguments, *given]
         with log.open("w") as output:
-            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
+            done = subprocess.run(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "TF_NUM_INTRAOP_THREADS": str(_cores())},
+                check=False,
+            )
         if done.returncode:
             last = log.read_text(errors="replace").strip().splitlines()[-1:]
             raise runner.RunError(f"The cell {cell.key} failed; see {log}. Received: {last}")
@@ -142,23 +150,32 @@ def run_cell(cell: Cell, directory: runner.RunDirectory) -> dict[str, Any]:
     }
 
 
+def _cores() -> int:
+    return max(1, (os.cpu_count() or 1) // FLAGS.jobs)
+
+
 def main() -> None:
     """Runs what is missing of the grid, and shows the whole."""
     todo = list(cells())
     directory = runner.RunDirectory("window_study", f"{len(todo)}cells", resume=True)
     rows = []
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    ) as bar:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with (
+        concurrent.futures.ThreadPoolExecutor(FLAGS.jobs) as pool,
+        Progress(*columns, TimeRemainingColumn()) as bar,
+    ):
         task = bar.add_task("cells", total=len(todo))
-        for cell in todo:
-            bar.update(task, description=cell.key)
-            began = time.perf_counter()
-            rows.append(run_cell(cell, directory))
-            bar.print(f"{cell.key}: {rows[-1]['test_accuracy']:.4f}, "
-                      f"{time.perf_counter() - began:.0f} s")  # fmt: skip
-            directory.write_results({"dataset": FLAGS.data, "epochs": FLAGS.epochs, "cells": rows})
-            bar.advance(task)
+        futures = [pool.submit(run_cell, cell, directory) for cell in todo]
+        try:
+            for cell, future in zip(todo, futures, strict=True):
+                rows.append(future.result())
+                bar.print(f"{cell.key}: {rows[-1]['test_accuracy']:.4f}")
+                figures = {"dataset": FLAGS.data, "epochs": FLAGS.epochs, "cells": rows}
+                directory.write_results({**figures, "cores_per_cell": _cores()})
+                bar.advance(task)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     draw(rows, directory / "window_study.png")
     print_closing_table(rows)
     print(f"run directory: {directory.path}")

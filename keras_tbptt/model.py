@@ -350,6 +350,9 @@ class TBPTTModel(keras.Model):
                 )
                 scaled = self.optimizer.scale_loss(loss)
             gradients = tape.gradient(scaled, self.trainable_variables)
+            # An embedding's gradient comes in a slice a word read. Keras's optimizers would square, and
+            # clip by, slices of the same word one by one instead of their sum.
+            gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
             self.optimizer.apply(gradients, self.trainable_variables)
             return loss, y_pred
 

@@ -411,3 +411,19 @@ def test_what_cannot_be_right_is_refused(make, message):
 
 def test_without_padding_no_mask_is_needed():
     assert unmasked().predict_documents([[1, 2, 3, 4, 5]]).shape == (1, 5)
+
+
+@pytest.mark.parametrize("clip", [{}, {"clipnorm": 1e-3}, {"global_clipnorm": 1e-3}])
+def test_the_gradient_of_a_word_is_summed_before_adam_squares_or_clips_it(clip):
+    model = compiled(token_model(lanes=1, window=6), keras.optimizers.Adam(0.1, **clip))
+    windows = windows_for(model, [[1, 1, 1, 2, 2, 3]], [1])
+    twin = token_model(lanes=1, window=6)
+    twin.set_weights(model.get_weights())
+    x, y, _ = next(iter(windows.dataset(flags=True)))
+    with tf.GradientTape() as tape:
+        loss = keras.losses.binary_crossentropy(y[:, None], twin(x["inputs"], training=True))
+    gradients = tape.gradient(loss, [v.value for v in twin.trainable_variables])
+    optimizer = keras.optimizers.Adam(0.1, **clip)
+    optimizer.apply([tf.convert_to_tensor(g) for g in gradients], twin.trainable_variables)
+    model.fit(windows, verbose=0)
+    np.testing.assert_allclose(weights_of(model), weights_of(twin), atol=1e-5)

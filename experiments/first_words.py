@@ -1,0 +1,156 @@
+"""Can a 30-step window learn from the first three words of a 100-step text?
+
+    python -m experiments.first_words
+
+Texts of 100 words begin with "I love this" or "I hate this"; what follows are words that say nothing.
+Every way to truncate is trained on them, and tested on texts of 100, 200 and 500 words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from absl import flags
+
+from experiments import runner, settings
+from experiments.settings import Setting
+
+flags.DEFINE_integer("documents", 4_000, "Texts to train on.", 64)
+flags.DEFINE_integer("epochs", 6, "Passes over them.", 1)
+flags.DEFINE_integer("test_documents", 1_000, "Texts of each length to test on.", 2)
+flags.adopt_module_key_flags(settings)
+flags.adopt_module_key_flags(runner)
+FLAGS = flags.FLAGS
+
+STEPS, WINDOW, TEST_STEPS = 100, 30, (100, 200, 500)
+I, HATE, LOVE, THIS, FIRST_OTHER, VOCABULARY = 1, 2, 3, 4, 5, 50
+LANES, EMBEDDING, UNITS, LEARNING_RATE = 32, 16, 32, 3e-3
+
+SETTINGS = (
+    Setting("final_only", WINDOW, "final_only"),
+    Setting("per_window", WINDOW, "per_window"),
+    Setting("linear_gain", WINDOW, "linear_gain"),
+    Setting("pooled", WINDOW, "pooled"),
+    Setting("final_only, reach 2", WINDOW, "final_only", 2),
+    Setting("final_only, reach all", WINDOW, "final_only", "all"),
+    Setting("full BPTT", STEPS, "final_only"),
+    Setting("final_only, short texts mixed in", WINDOW, "final_only", data="mixed"),
+)
+
+
+def write_texts(
+    documents: int, steps: int, seed: int, data: str = ""
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Writes texts as word ids.
+
+    Args:
+        documents: int, how many; half of them positive.
+        steps: int, words of each.
+        seed: int.
+        data: `"mixed"` makes half of them short: 5 to 30 words, less than a window.
+
+    Returns:
+        Ids (int32 arrays `[T]`) and labels (int32 `[documents]`, 1 is "I love this").
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(documents, dtype="int32") % 2)
+    lengths = np.full(documents, steps)
+    if data == "mixed":
+        lengths[::2] = rng.integers(5, WINDOW + 1, len(lengths[::2]))
+    texts = []
+    for length, label in zip(lengths, labels, strict=True):
+        text = rng.integers(FIRST_OTHER, VOCABULARY, length).astype("int32")
+        text[:3] = I, LOVE if label else HATE, THIS
+        texts.append(text)
+    return texts, labels
+
+
+def train_and_test(
+    setting: Setting, seeds: Sequence[int], documents: int, test_documents: int, epochs: int
+) -> dict[str, Any]:
+    """Trains one row with every seed.
+
+    Args:
+        setting: The row.
+        seeds: Seeds.
+        documents: Texts to train on.
+        test_documents: Texts of each length to test on.
+        epochs: Passes.
+
+    Returns:
+        Lists with a figure for each seed: `seconds`, `trained` (accuracy on new texts of the kind that
+        it learnt from), and accuracy on each of `TEST_STEPS`, under the number as a string.
+    """
+    tests = {"trained": write_texts(test_documents, STEPS, 10**6, setting.data)}
+    tests |= {str(steps): write_texts(test_documents, steps, 10**6 + steps) for steps in TEST_STEPS}
+    figures: dict[str, list[float]] = {name: [] for name in ("seconds", *tests)}
+
+    def build():
+        tokens = keras.Input(batch_shape=(LANES, setting.window), dtype="int32")
+        x = keras.layers.Embedding(VOCABULARY, EMBEDDING, mask_zero=True)(tokens)
+        return settings.build_model(setting, tokens, x, UNITS, forget_bias=math.log(STEPS))
+
+    for seed in seeds:
+        train = write_texts(documents, STEPS, seed, setting.data)
+        model, seconds = settings.train(build, *train, epochs, LEARNING_RATE, seed)
+        figures["seconds"].append(round(seconds, 1))
+        for name, (texts, labels) in tests.items():
+            right = (model.predict_documents(texts)[:, 0] > 0.5) == labels
+            figures[name].append(float(np.mean(right)))
+    return figures
+
+
+def main() -> None:
+    """Trains all rows, and shows them."""
+    directory = runner.RunDirectory("first_words", f"{FLAGS.seeds}seeds")
+    rows = []
+    arguments = FLAGS.documents, FLAGS.test_documents, FLAGS.epochs
+    for row in settings.run_each(train_and_test, SETTINGS, *arguments):
+        rows.append(row)
+        directory.write_results(
+            {
+                "dataset": "first_words",
+                "window": WINDOW,
+                "seeds": list(range(FLAGS.seeds)),
+                "documents": FLAGS.documents,
+                "epochs": FLAGS.epochs,
+                "rows": rows,
+            }
+        )
+    draw(rows, directory / "first_words.png")
+    columns = ("", "as trained", *(f"{n} steps" for n in TEST_STEPS), "seconds", "peak MB")
+    table = [
+        (
+            row["setting"],
+            *(settings.spread(row[name]) for name in ("trained", *map(str, TEST_STEPS))),
+            f"{np.median(row['seconds']):.0f}",
+            row["peak_rss_mb"],
+        )
+        for row in rows
+    ]
+    runner.print_rows(f"experiments.first_words, seeds 0 to {FLAGS.seeds - 1}", columns, table)
+    print(f"run directory: {directory.path}")
+
+
+def draw(rows: list[dict[str, Any]], path: Any) -> None:
+    """Draws accuracy by row and length of text, with every seed as a dot."""
+    with runner.figure(path) as axes:
+        for index, row in enumerate(rows):
+            for steps, offset, colour in zip(TEST_STEPS, (-0.25, 0, 0.25), "C0 C1 C2".split(), strict=True):
+                values = row[str(steps)]
+                label = f"{steps} steps" if index == 0 else None
+                axes.barh(index + offset, np.mean(values), 0.22, color=colour, alpha=0.5, label=label)
+                axes.plot(values, [index + offset] * len(values), ".", color=colour, markersize=4)
+        axes.axvline(0.5, color="black", linewidth=0.8, linestyle="--")
+        axes.set(yticks=range(len(rows)), yticklabels=[row["setting"] for row in rows],
+                 xlabel="accuracy on new texts (dots: seeds; dashed: chance)")  # fmt: skip
+        axes.invert_yaxis()
+        axes.legend(fontsize=7, loc="lower left")
+
+
+if __name__ == "__main__":
+    runner.run(main)

@@ -1,0 +1,160 @@
+"""Ways to truncate, side by side: each setting trained in a process of its own."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import flags
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import keras_tbptt
+from experiments import runner
+
+flags.DEFINE_integer("seeds", 5, "Seeds 0, 1, 2, ... that every row is trained with.", 1)
+flags.DEFINE_integer("jobs", 1, "Rows that are trained side by side; seconds count for one.", 1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to truncate.
+
+    Attributes:
+        name: What the tables call it.
+        window: int, steps in a window (K).
+        window_loss: Where the loss is taken.
+        backprop_windows: The reach; None for the window loss's own.
+        data: Which of the experiment's training sets it learns from.
+    """
+
+    name: str
+    window: int
+    window_loss: str
+    backprop_windows: int | str | None = None
+    data: str = ""
+
+
+def build_model(
+    setting: Setting, steps: keras.KerasTensor, x: Any, units: int, forget_bias: float
+) -> keras_tbptt.TBPTTModel:
+    """An LSTM and a sigmoid, as the setting asks.
+
+    Args:
+        setting: The way to truncate.
+        steps: The model's input.
+        x: What the LSTM reads.
+        units: int.
+        forget_bias: The forget gate's bias at the start: ln T lets a state last for about T steps
+            (Tallec and Ollivier 2018, "Can recurrent neural networks warp time?", section 2).
+    """
+    pooled = setting.window_loss == "pooled"
+    lstm = keras.layers.LSTM(units, stateful=True, return_sequences=pooled)
+    x = lstm(x)
+    bias = lstm.cell.bias.numpy()
+    bias[units : 2 * units] = forget_bias
+    lstm.cell.bias.assign(bias)
+    if pooled:
+        x = keras_tbptt.layers.ConcatPooling(stateful=True)(x)
+    return keras_tbptt.TBPTTModel(
+        steps,
+        keras.layers.Dense(1, activation="sigmoid")(x),
+        window_loss=setting.window_loss,
+        backprop_windows=setting.backprop_windows,
+    )
+
+
+def train(
+    build: Callable[[], keras_tbptt.TBPTTModel],
+    documents: Any,
+    labels: np.ndarray,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+) -> tuple[keras_tbptt.TBPTTModel, float]:
+    """Trains a model on documents.
+
+    Args:
+        build: Makes the model, once the seed is set.
+        documents: As `DocumentWindows` takes them.
+        labels: 0 or 1 for each.
+        epochs: int.
+        learning_rate: Adam's.
+        seed: Of weights and of the order of documents.
+
+    Returns:
+        The model and the seconds that training took.
+    """
+    keras.utils.set_random_seed(seed)
+    model = build()
+    model.compile(
+        keras.optimizers.Adam(learning_rate, clipnorm=1.0),
+        "binary_crossentropy",
+        steps_per_execution=16,
+    )
+    windows = keras_tbptt.DocumentWindows(
+        documents,
+        labels,
+        window=model.window,
+        lanes=model.lanes,
+        packing="aligned",
+        shuffle=True,
+        seed=seed,
+    )
+    began = time.perf_counter()
+    model.fit(windows, epochs=epochs, verbose=0)
+    return model, time.perf_counter() - began
+
+
+def run_each(
+    work: Callable[..., dict[str, Any]], settings: Sequence[Setting], *arguments: Any
+) -> Iterator[dict[str, Any]]:
+    """Runs `work(setting, seeds, *arguments)` for each setting, with a bar.
+
+    A process of its own for each makes its peak memory its own.
+
+    Args:
+        work: A function of a module, which returns figures.
+        settings: What to run.
+        *arguments: Further arguments of `work`, which can be pickled.
+
+    Yields:
+        For each setting in turn its figures, with `setting` and `peak_rss_mb` added.
+    """
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with (
+        concurrent.futures.ProcessPoolExecutor(
+            flags.FLAGS.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+        ) as pool,
+        Progress(*columns, TimeRemainingColumn()) as bar,
+    ):
+        task = bar.add_task("rows", total=len(settings))
+        seeds = range(flags.FLAGS.seeds)
+        futures = [pool.submit(_alone, work, setting, seeds, *arguments) for setting in settings]
+        for setting, future in zip(settings, futures, strict=True):
+            bar.update(task, description=setting.name)
+            yield {"setting": setting.name, **future.result()}
+            bar.advance(task)
+
+
+def _alone(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    # Products this small are slower on two threads than on one.
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    return {**work(*arguments), "peak_rss_mb": runner.peak_rss_mb()}
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean of a figure over seeds, and its range: `0.98 (0.95-1.00)`.
+
+    Args:
+        values: One for each seed.
+    """
+    low, high = min(values), max(values)
+    bounds = f" ({low:.2f}-{high:.2f})" if high - low >= 0.005 else ""
+    return f"{np.mean(values):.2f}{bounds}"
