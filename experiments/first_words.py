@@ -2,8 +2,8 @@
 
     python -m experiments.first_words
 
-Texts of 100 words begin with "I love this" or "I hate this"; what follows are words that say nothing.
-Every way to truncate is trained on them, and tested on texts of 100, 200 and 500 words.
+Texts of 100 words begin with "I love this" or "I hate this"; what follows are words that say
+nothing. Every way to truncate is trained on them, and tested on texts of 100, 200 and 500 words.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ flags.adopt_module_key_flags(runner)
 FLAGS = flags.FLAGS
 
 STEPS, WINDOW, TEST_STEPS = 100, 30, (100, 200, 500)
-I, HATE, LOVE, THIS, FIRST_OTHER, VOCABULARY = 1, 2, 3, 4, 5, 50
+_I, _HATE, _LOVE, _THIS, _FIRST_OTHER, VOCABULARY = 1, 2, 3, 4, 5, 50
 LANES, EMBEDDING, UNITS, LEARNING_RATE = 32, 16, 32, 3e-3
 
 SETTINGS = (
@@ -63,8 +63,8 @@ def write_texts(
         lengths[::2] = rng.integers(5, WINDOW + 1, len(lengths[::2]))
     texts = []
     for length, label in zip(lengths, labels, strict=True):
-        text = rng.integers(FIRST_OTHER, VOCABULARY, length).astype("int32")
-        text[:3] = I, LOVE if label else HATE, THIS
+        text = rng.integers(_FIRST_OTHER, VOCABULARY, length).astype("int32")
+        text[:3] = _I, _LOVE if label else _HATE, _THIS
         texts.append(text)
     return texts, labels
 
@@ -82,8 +82,8 @@ def train_and_test(
         epochs: Passes.
 
     Returns:
-        Lists with a figure for each seed: `seconds`, `trained` (accuracy on new texts of the kind that
-        it learnt from), and accuracy on each of `TEST_STEPS`, under the number as a string.
+        Lists with a figure for each seed: `seconds`, `trained` (accuracy on new texts of the kind
+        that it learnt from), and accuracy on each of `TEST_STEPS`, under the number as a string.
     """
     tests = {"trained": write_texts(test_documents, STEPS, 10**6, setting.data)}
     tests |= {str(steps): write_texts(test_documents, steps, 10**6 + steps) for steps in TEST_STEPS}
@@ -140,11 +140,11 @@ def draw(rows: list[dict[str, Any]], path: Any) -> None:
     """Draws accuracy by row and length of text, with every seed as a dot."""
     with runner.figure(path) as axes:
         for index, row in enumerate(rows):
-            for steps, offset, colour in zip(TEST_STEPS, (-0.25, 0, 0.25), "C0 C1 C2".split(), strict=True):
-                values = row[str(steps)]
+            for bar, steps in enumerate(TEST_STEPS):
+                values, y, colour = row[str(steps)], index + (bar - 1) * 0.25, f"C{bar}"
                 label = f"{steps} steps" if index == 0 else None
-                axes.barh(index + offset, np.mean(values), 0.22, color=colour, alpha=0.5, label=label)
-                axes.plot(values, [index + offset] * len(values), ".", color=colour, markersize=4)
+                axes.barh(y, np.mean(values), 0.22, color=colour, alpha=0.5, label=label)
+                axes.plot(values, [y] * len(values), ".", color=colour, markersize=4)
         axes.axvline(0.5, color="black", linewidth=0.8, linestyle="--")
         axes.set(yticks=range(len(rows)), yticklabels=[row["setting"] for row in rows],
                  xlabel="accuracy on new texts (dots: seeds; dashed: chance)")  # fmt: skip

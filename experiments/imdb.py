@@ -27,13 +27,13 @@ from keras_tbptt.packing import PACKINGS
 flags.DEFINE_integer("window", 30, "Steps in a window (K): words in one backward pass.", 1)
 flags.DEFINE_enum(
     "window_loss", "per_window", WINDOW_LOSSES,
-    "Where the loss is taken: at every window, at the last window of a review, at every window with a "
-    "weight that rises, or once for outputs that are pooled over all windows.",
+    "Where the loss is taken: at every window, at the last window of a review, at every window "
+    "with a weight that rises, or once, for outputs that are pooled over all windows.",
 )  # fmt: skip
 flags.DEFINE_string(
     "backprop_windows", None,
-    "How many windows the gradient flows back through: a number, `all`, or `artbp`; by default 1, and "
-    "`all` with --window_loss=pooled.",
+    "How many windows the gradient flows back through: a number, `all`, or `artbp`; by default 1, "
+    "and `all` with --window_loss=pooled.",
 )  # fmt: skip
 flags.register_validator(
     "backprop_windows",

@@ -3,8 +3,8 @@
     python -m experiments.window_study --run_dir runs/window_study/mine
 
 Each cell of the grid is one run of `experiments.imdb` in a process of its own. The study keeps what
-is done: the same command with the same --run_dir goes on where it stopped, so a long grid can be run
-in pieces, and widened later.
+is done: the same command with the same --run_dir goes on where it stopped, so a long grid can be
+run in pieces, and widened later.
 """
 
 from __future__ import annotations

@@ -50,10 +50,11 @@ class TBPTTModel(keras.Model):
             `[lanes, window, ...]` for a target per step.
         name: Optional str.
         window_loss: Where the loss is taken: `"per_window"`, `"final_only"`, `"linear_gain"` or
-            `"pooled"` (see `keras_tbptt.losses.window_weights`). With `"final_only"` and `"pooled"`,
-            windows in which no lane ends its document do no backward pass. `"pooled"` needs a
-            `keras_tbptt.layers.ConcatPooling(stateful=True)` before the head: the gradient crosses
-            from window to window through what it pools, and through no recurrent state.
+            `"pooled"` (see `keras_tbptt.losses.window_weights`). With `"final_only"` and
+            `"pooled"`, windows in which no lane ends its document do no backward pass. `"pooled"`
+            needs a `keras_tbptt.layers.ConcatPooling(stateful=True)` before the head: the
+            gradient crosses from window to window through what it pools, and through no
+            recurrent state.
         backprop_windows: The reach, in windows.
             An int n >= 1: each window's loss flows back through its last n windows (h = n * window,
             h' = window).
@@ -136,8 +137,8 @@ class TBPTTModel(keras.Model):
         ]
         if window_loss == "pooled" and not any(self._pools):
             raise ValueError(
-                'window_loss="pooled" needs a keras_tbptt.layers.ConcatPooling(stateful=True) between '
-                "the recurrent layers (return_sequences=True) and the head. "
+                'window_loss="pooled" needs a keras_tbptt.layers.ConcatPooling(stateful=True) '
+                "between the recurrent layers (return_sequences=True) and the head. "
                 f"Received: layers {[layer.name for layer in self.layers]}"
             )
         self._unmasked_layers = [
@@ -350,8 +351,8 @@ class TBPTTModel(keras.Model):
                 )
                 scaled = self.optimizer.scale_loss(loss)
             gradients = tape.gradient(scaled, self.trainable_variables)
-            # An embedding's gradient comes in a slice a word read. Keras's optimizers would square, and
-            # clip by, slices of the same word one by one instead of their sum.
+            # An embedding's gradient comes in a slice a word read. Keras's optimizers would square,
+            # and clip by, slices of the same word one by one instead of their sum.
             gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
             self.optimizer.apply(gradients, self.trainable_variables)
             return loss, y_pred

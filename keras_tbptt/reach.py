@@ -107,8 +107,10 @@ class WindowHistory:
             place = self._read - 1 - back
             if self._limit is not None:
                 place %= self._limit
-            flat = [tf.gather(slot, place) for slot in self._slots]
-            flat = [tf.ensure_shape(t, shape) for t, (shape, _) in zip(flat, self.spec, strict=True)]
+            flat = [
+                tf.ensure_shape(tf.gather(slot, place), shape)
+                for slot, (shape, _) in zip(self._slots, self.spec, strict=True)
+            ]
             return back + 1, read(tf.nest.pack_sequence_as(self._structure, flat), back, values)
 
         return tf.while_loop(lambda back, _: back < self._count(), body, (0, values))[1]

@@ -1,0 +1,164 @@
+"""Is there a 1 anywhere? What a 10-step gradient finds in 20-step sequences.
+
+    python -m experiments.presence
+
+Sequences of 20 zeros with, in half of them, a single 1; the answer is whether there is one. In one
+training set no 1 is ever in the last ten steps, in the other it is anywhere. Every way to truncate
+learns from both; the figure shows what it then finds, by the position of the 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from absl import flags
+
+from experiments import runner, settings
+from experiments.settings import Setting
+
+flags.DEFINE_integer("documents", 2_000, "Sequences to train on.", 32)
+flags.DEFINE_integer("epochs", 10, "Passes over them.", 1)
+flags.adopt_module_key_flags(settings)
+flags.adopt_module_key_flags(runner)
+FLAGS = flags.FLAGS
+
+STEPS, WINDOW = 20, 10
+LANES, UNITS, LEARNING_RATE = 32, 16, 3e-3
+PLACES = {"first ten": WINDOW, "anywhere": STEPS}
+
+_WAYS = (
+    Setting("final_only", WINDOW, "final_only"),
+    Setting("per_window", WINDOW, "per_window"),
+    Setting("linear_gain", WINDOW, "linear_gain"),
+    Setting("pooled", WINDOW, "pooled"),
+    Setting("final_only, reach 2 (all)", WINDOW, "final_only", 2),
+    Setting("full BPTT", STEPS, "final_only"),
+)
+SETTINGS = tuple(dataclasses.replace(way, data=data) for data in PLACES for way in _WAYS)
+
+
+def write_sequences(documents: int, places: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Writes sequences of which every second has a 1.
+
+    Args:
+        documents: int, how many.
+        places: int, how many of the first steps the 1 may be in.
+        seed: int.
+
+    Returns:
+        Features (float32 `[documents, 20, 1]`) and labels (int32 `[documents]`).
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(documents, dtype="int32") % 2)
+    sequences = np.zeros((documents, STEPS, 1), "float32")
+    sequences[np.arange(documents), rng.integers(0, places, documents), 0] = labels
+    return sequences, labels
+
+
+def train_and_test(
+    setting: Setting, seeds: Sequence[int], documents: int, epochs: int
+) -> dict[str, Any]:
+    """Trains one row with every seed.
+
+    Args:
+        setting: The row.
+        seeds: Seeds.
+        documents: Sequences to train on.
+        epochs: Passes.
+
+    Returns:
+        For each seed: `seconds`, `found` (the probability of a 1, for each position of the 1) and
+        `false_alarm` (the same where there is none).
+    """
+    tests = np.concatenate([np.eye(STEPS), np.zeros((1, STEPS))])[..., None].astype("float32")
+    figures: dict[str, list] = {"seconds": [], "found": [], "false_alarm": []}
+
+    def build():
+        steps = keras.Input(batch_shape=(LANES, setting.window, 1))
+        return settings.build_model(setting, steps, steps, UNITS, forget_bias=math.log(STEPS))
+
+    for seed in seeds:
+        train = write_sequences(documents, PLACES[setting.data], seed)
+        model, seconds = settings.train(build, *train, epochs, LEARNING_RATE, seed)
+        probability = model.predict_documents(tests)[:, 0].tolist()
+        figures["seconds"].append(round(seconds, 1))
+        figures["found"].append(probability[:-1])
+        figures["false_alarm"].append(probability[-1])
+    return figures
+
+
+def accuracy_by_position(row: dict[str, Any]) -> np.ndarray:
+    """The share of seeds that answer rightly: float `[21]`, by position, and last without a 1.
+
+    Args:
+        row: Figures of `train_and_test`.
+    """
+    found = np.mean(np.array(row["found"]) > 0.5, axis=0)
+    return np.append(found, np.mean(np.array(row["false_alarm"]) <= 0.5))
+
+
+def main() -> None:
+    """Trains all rows on both training sets, and shows them."""
+    directory = runner.RunDirectory("presence", f"{FLAGS.seeds}seeds")
+    rows = []
+    arguments = FLAGS.documents, FLAGS.epochs
+    results = {
+        "dataset": "presence",
+        "window": WINDOW,
+        "seeds": list(range(FLAGS.seeds)),
+        "documents": FLAGS.documents,
+        "epochs": FLAGS.epochs,
+    }
+    for setting, row in zip(
+        SETTINGS, settings.run_each(train_and_test, SETTINGS, *arguments), strict=True
+    ):
+        rows.append({"trained_on": setting.data, **row})
+        directory.write_results({**results, "rows": rows})
+    draw(rows, directory / "presence.png")
+    table = []
+    for row in rows:
+        right = accuracy_by_position(row)
+        parts = right[:WINDOW], right[WINDOW:STEPS], right[STEPS:]
+        table.append(
+            (
+                row["trained_on"],
+                row["setting"],
+                *(f"{np.mean(part):.2f}" for part in parts),
+                f"{np.median(row['seconds']):.0f}",
+            )
+        )
+    columns = ("1s in training", "", "1 in steps 1-10", "1 in steps 11-20", "no 1", "seconds")
+    title = f"experiments.presence, seeds 0 to {FLAGS.seeds - 1}: right answers"
+    runner.print_rows(title, columns, table)
+    print(f"run directory: {directory.path}")
+
+
+def draw(rows: list[dict[str, Any]], path: Any) -> None:
+    """Draws the share of right answers by position of the 1, a panel for each training set."""
+    with runner.figure(path, columns=len(PLACES)) as panels:
+        for axes, data in zip(panels, PLACES, strict=True):
+            chosen = [row for row in rows if row["trained_on"] == data]
+            heat = np.array([accuracy_by_position(row) for row in chosen])
+            image = axes.imshow(heat, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+            axes.axvline(WINDOW - 0.5, color="white", linestyle="--")
+            axes.axvline(STEPS - 0.5, color="white")
+            axes.set(
+                title=f"trained with 1s {'in the ' if data == 'first ten' else ''}{data}",
+                xlabel="position of the 1 (last column: no 1)",
+                xticks=[0, 4, 9, 14, 19],
+                xticklabels=[1, 5, 10, 15, 20],
+                yticks=range(len(chosen)),
+                yticklabels=[row["setting"] for row in chosen],
+            )
+        panels[1].set_yticklabels([])
+        label = "share of seeds that answer rightly"
+        panels[0].figure.colorbar(image, ax=list(panels), label=label)
+
+
+if __name__ == "__main__":
+    runner.run(main)
