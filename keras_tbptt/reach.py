@@ -113,7 +113,10 @@ class WindowHistory:
             ]
             return back + 1, read(tf.nest.pack_sequence_as(self._structure, flat), back, values)
 
-        return tf.while_loop(lambda back, _: back < self._count(), body, (0, values))[1]
+        # One window at a time: TensorFlow would read ten at once, and keep ten windows' activations.
+        return tf.while_loop(
+            lambda back, _: back < self._count(), body, (0, values), parallel_iterations=1
+        )[1]
 
     def _count(self) -> tf.Tensor:
         return self._read if self._limit is None else tf.minimum(self._read, self._limit)
