@@ -69,8 +69,9 @@ class GradientReach:
         which the norm has not vanished. NaN where that leaves fewer than two.
         """
         common = 2 * self.documents >= self.documents[0]
-        # Below float32's normal numbers logarithms mean little.
-        known = np.flatnonzero(common & (self.norms > np.finfo("float32").tiny))
+        # Near float32's smallest number its components vanish one by one, which is no decay.
+        float32 = np.finfo("float32")
+        known = np.flatnonzero(common & (self.norms > float32.tiny / float32.eps))
         tail = known[len(known) // 2 :]
         if len(tail) < 2:
             return float("nan")
@@ -165,8 +166,8 @@ def gradient_reach(
         A `GradientReach`.
 
     Raises:
-        ValueError: If the model has not been compiled with a loss or has no stateful layer, there
-            are no labels, or a K is no integer >= 1.
+        ValueError: If the model has not been compiled with a loss, has no stateful layer or one
+            with `unroll=True`, there are no labels, or a K is no integer >= 1.
 
     Example:
 
@@ -322,7 +323,8 @@ def _walk(model: keras.Model, documents: DocumentWindows) -> Callable:
         with tf.GradientTape() as tape:
             tape.watch(states)
             outputs, _ = read(steps, real, tf.shape(steps)[1] - 1, states)
-            y_pred = keras.tree.map_structure(last_step, outputs, model.output)
+            flat = zip(keras.tree.flatten(outputs), model.outputs, strict=True)
+            y_pred = keras.tree.pack_sequence_as(outputs, [last_step(*pair) for pair in flat])
         with tf.GradientTape() as loss_tape:
             loss_tape.watch(y_pred)
             losses = losses_of(y, y_pred) * weights
