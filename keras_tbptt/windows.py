@@ -129,9 +129,14 @@ class DocumentWindows:
         return len(self._offsets) - 1
 
     @property
+    def lengths(self) -> np.ndarray:
+        """int64 `[documents]`: the steps of each document."""
+        return self._layout.lengths
+
+    @property
     def num_steps(self) -> int:
         """How many real steps (tokens) all documents have together."""
-        return int(self._layout.lengths.sum())
+        return int(self.lengths.sum())
 
     @property
     def packing_efficiency(self) -> float:
@@ -219,6 +224,28 @@ class DocumentWindows:
         windows = windows.prefetch(tf.data.AUTOTUNE)
         windows.shuffle = _refuse_shuffle
         return windows
+
+    def whole(self, documents: Any) -> tuple:
+        """Documents unsplit and side by side, so that they end together.
+
+        Args:
+            documents: ints `[rows]`: which documents.
+
+        Returns:
+            `(steps, real, y, weights)`. `steps` is `[rows, longest]` int32 ids or
+            `[rows, longest, F]` floats, in which a shorter document repeats its first step in
+            front; `real` is bool `[rows, longest]`, False there; `y` holds the labels
+            `[rows, ...]`, with `per_step=True` those of the last steps, or is None; `weights` is
+            float32 `[rows]`.
+        """
+        documents = np.asarray(documents)
+        begin, end = self._offsets[documents, None], self._offsets[documents + 1, None]
+        position = end + np.arange(-(end - begin).max(), 0)
+        real = position >= begin
+        steps = _padded(self._values, np.maximum(position, begin), np.ones_like(real))
+        labelled = end[:, 0] - 1 - self._offsets[0] if self.per_step else documents
+        y = tf.nest.map_structure(lambda t: None if t is None else t[labelled], self._targets)
+        return steps, real, y, self._weights[documents]
 
     def _read(self, epoch: np.int64, step: np.int64) -> list[np.ndarray]:
         plan = self._plan((self.seed, int(epoch)) if self.shuffle else None)

@@ -205,3 +205,19 @@ def test_windows_cannot_be_shuffled():
     windows = DocumentWindows([[1, 2], [3]], [0, 1], window=2, lanes=2)
     with pytest.raises(ValueError, match="Shuffle documents instead"):
         windows.dataset().shuffle(10)
+
+
+def test_whole_documents_end_together():
+    documents = [[[1.0], [2.0], [3.0]], [[4.0]], [[5.0], [6.0]]]
+    targets = [[1, 2, 3], [4], [5, 6]]
+    windows = DocumentWindows(
+        documents, targets, window=2, lanes=1, per_step=True, weights=[1, 2, 3]
+    )
+    steps, real, y, weights = windows.whole([2, 0])
+    assert steps[..., 0].tolist() == [[5, 5, 6], [1, 2, 3]]
+    assert real.tolist() == [[False, True, True], [True, True, True]]
+    assert (y.tolist(), weights.tolist()) == ([6, 3], [3, 1])
+    assert windows.lengths.tolist() == [3, 1, 2]
+    part = DocumentWindows(np.arange(1, 9), [0, 1], window=2, lanes=1, offsets=[2, 3, 6]).whole([1])
+    assert (part[0].tolist(), part[2].tolist()) == ([[4, 5, 6]], [1])
+    assert DocumentWindows([[1]], window=2, lanes=1).whole([0])[2] is None
