@@ -4,7 +4,8 @@
 
 The same model learns from the same documents, once with `backprop_windows="all"` through windows
 of --window steps, once by Keras's own backward pass over the whole document (one window that is as
-long as the document). Each run is a process of its own, in turn, --repeats times; figures are medians.
+long as the document). Each run is a process of its own, in turn, --repeats times; figures are
+medians.
 """
 
 from __future__ import annotations

@@ -17,12 +17,14 @@ class Plan:
 
     Attributes:
         document: The index of the document, or -1 where the lane is idle.
-        offset: Steps of the document that come before the window.
+        begin: Where in the document the stretch of it begins that is read; 0 if it is read whole.
+        offset: Steps of the stretch that come before the window.
         length: Real steps of the window; 0 where the lane is idle.
-        total: Steps of the whole document; 0 where the lane is idle.
+        total: Steps of the whole stretch; 0 where the lane is idle.
     """
 
     document: np.ndarray
+    begin: np.ndarray
     offset: np.ndarray
     length: np.ndarray
     total: np.ndarray
@@ -49,25 +51,39 @@ class Packing:
         lengths: int `[documents]`, steps of each document, all >= 1.
         window: int >= 1, steps in a window.
         lanes: int >= 1, rows of the batch.
+        mean_window: int >= 2: windows have random lengths around it; None for full windows.
+        stretch: int >= 1: windows that are read of a longer document in an epoch; None for all.
     """
 
-    def __init__(self, lengths: np.ndarray, window: int, lanes: int):
-        self.lengths = np.asarray(lengths, "int64")
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        window: int,
+        lanes: int,
+        mean_window: int | None = None,
+        stretch: int | None = None,
+    ):
         self.window = window
+        self.mean_window = mean_window
         self.lanes = lanes
-        self.counts = -(-self.lengths // window)
+        usual = mean_window or window
+        whole = np.asarray(lengths, "int64")
+        self.lengths = whole if stretch is None else np.minimum(whole, stretch * usual)
+        self.left_out = whole - self.lengths
+        self.counts = -(-self.lengths // usual)
         self.order = np.argsort(-self.counts, kind="stable")
         self.sorted_counts = self.counts[self.order]
         self.steps = self._deal()
 
-    def plan(self, seed: tuple[int, int] | None = None) -> Plan:
+    def plan(self, seed: tuple[int, int], shuffle: bool) -> Plan:
         """The plan of one epoch.
 
         Args:
-            seed: `(seed, epoch)` to shuffle by, or None for the order given.
+            seed: `(seed, epoch)`, on which all that is drawn depends.
+            shuffle: bool, whether the documents take a new order.
         """
         order, rank = self.order, None
-        if seed is not None:
+        if shuffle:
             # Raw PCG64 output, unlike Generator's methods, is promised never to change (NEP 19).
             bits = np.random.PCG64(np.random.SeedSequence(seed))
             order = np.lexsort((bits.random_raw(len(order)), -self.counts))
@@ -79,12 +95,23 @@ class Packing:
         cell = np.repeat(begin, counts) + within, np.repeat(lane, counts)
         plan = Plan(
             np.full((self.steps, self.lanes), IDLE, "int32"),
-            *(np.zeros((self.steps, self.lanes), "int32") for _ in range(3)),
+            *(np.zeros((self.steps, self.lanes), "int32") for _ in range(4)),
         )
         plan.document[cell] = np.repeat(order, counts)
-        plan.offset[cell] = within * self.window
         plan.total[cell] = np.repeat(self.lengths[order], counts)
-        plan.length[cell] = np.minimum(plan.total[cell] - plan.offset[cell], self.window)
+        if self.left_out.any():
+            first = _uniform(len(order), *seed, 2) * (self.left_out[order] + 1)
+            plan.begin[cell] = np.repeat(first.astype("int64"), counts)
+        if self.mean_window is None:
+            plan.offset[cell] = within * self.window
+            plan.length[cell] = np.minimum(plan.total[cell] - plan.offset[cell], self.window)
+        else:
+            lengths = _draw_lengths(
+                self.lengths[order], counts, self.mean_window, self.window, (*seed, 1)
+            )
+            read = np.cumsum(lengths) - lengths
+            plan.offset[cell] = read - np.repeat(read[within == 0], counts)
+            plan.length[cell] = lengths
         return plan
 
     def _deal(self) -> int:
@@ -94,6 +121,45 @@ class Packing:
     def _lay_out(self, order: np.ndarray, rank: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """The lane and the first window, each int64 `[documents]`, of each place in `order`."""
         raise NotImplementedError
+
+
+def _draw_lengths(
+    totals: np.ndarray, counts: np.ndarray, mean: int, longest: int, seed: tuple[int, ...]
+) -> np.ndarray:
+    """Random lengths of windows: int64 `[sum of counts]`, `counts[i]` that sum to `totals[i]`.
+
+    Drawn as in Merity et al. 2018, "Regularizing and optimizing LSTM language models", section 4.1,
+    in proportion: normal around `mean` with a deviation of mean * 5 / 70, and around half of it
+    one time in twenty; then scaled to the document.
+    """
+    cells = int(counts.sum())
+    normal, angle, chance = (_uniform(cells, *seed, stream) for stream in range(3))
+    normal = np.sqrt(-2 * np.log1p(-normal)) * np.cos(2 * np.pi * angle)  # Box and Muller 1958
+    centre = np.where(chance < 0.05, 0.5, 1.0)
+    drawn = np.maximum(centre + normal * 5 / 70, 0.1)
+
+    first = np.cumsum(counts) - counts
+    total = lambda values: np.repeat(np.add.reduceat(values, first), counts)  # noqa: E731
+    wanted = np.repeat(totals, counts)
+    # The margins keep rounding, below, from giving a window of no step or of one too many.
+    low, high = 1 + 1e-6, longest - 1e-6
+    lengths = np.clip(drawn * wanted / total(drawn), low, high)
+    missing = wanted - total(lengths)
+    room = np.where(missing > 0, high - lengths, lengths - low)
+    lengths = lengths + missing * room / np.maximum(total(room), 1e-12)
+
+    ends = np.cumsum(lengths)
+    ends = np.floor(ends - np.repeat((ends - lengths)[first], counts) + 0.5).astype("int64")
+    last = np.cumsum(counts) - 1
+    ends[last] = totals
+    begins = np.append(0, ends[:-1])
+    begins[first] = 0
+    return ends - begins
+
+
+def _uniform(count: int, *seed: int) -> np.ndarray:
+    """Floats in [0, 1), the same with every version of NumPy (see `Packing.plan`)."""
+    return (np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count) >> 11) * 2.0**-53
 
 
 class Packed(Packing):

@@ -75,7 +75,12 @@ class ConcatPooling(keras.layers.Layer):
         return [tf.zeros([batch_size, size], self.variable_dtype) for size in sizes]
 
     def call(self, sequences: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
-        """Pools the steps of this call with those before."""
+        """Pools the steps of this call with those before.
+
+        Args:
+            sequences: Float tensor `[batch, steps, features]`.
+            mask: Optional bool tensor `[batch, steps]`.
+        """
         steps = tf.cast(sequences, self.variable_dtype)
         batch, time = tf.shape(steps)[0], tf.shape(steps)[1]
         mask = tf.ones([batch, time], "bool") if mask is None else tf.cast(mask, "bool")

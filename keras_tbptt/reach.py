@@ -113,7 +113,7 @@ class WindowHistory:
             ]
             return back + 1, read(tf.nest.pack_sequence_as(self._structure, flat), back, values)
 
-        # One window at a time: TensorFlow would read ten at once, and keep ten windows' activations.
+        # One at a time: TensorFlow would read ten at once, and hold ten windows' activations.
         return tf.while_loop(
             lambda back, _: back < self._count(), body, (0, values), parallel_iterations=1
         )[1]

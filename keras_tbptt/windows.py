@@ -53,6 +53,15 @@ class DocumentWindows:
         offsets: Optional ints `[documents + 1]`: document i is
             `documents[offsets[i]:offsets[i + 1]]`.
         per_step: bool, whether `labels` holds a target per step.
+        mean_window: Optional int >= 2: windows have random lengths around it, drawn anew every
+            epoch from `(seed, epoch)`, and `window`, at least 1.25 times as long, is the longest
+            that one can be. Most are about as long, one in twenty is about half as long (Merity et
+            al. 2018, "Regularizing and optimizing LSTM language models", section 4.1). A window
+            counts by its steps (`keras_tbptt.losses.window_weights`), which is the paper's learning
+            rate in proportion to length. Every document keeps its number of windows.
+        stretch: Optional int >= 1: of a document longer than so many windows, only a random
+            stretch of that length is read in an epoch, from the initial state on; where it
+            begins is drawn from `(seed, epoch)`. `TBPTTModel(burn_in=...)` gives its state a start.
 
     Raises:
         ValueError: If there are no documents, a document is empty, lengths disagree, a float
@@ -81,6 +90,8 @@ class DocumentWindows:
         weights: Any = None,
         offsets: Any = None,
         per_step: bool = False,
+        mean_window: int | None = None,
+        stretch: int | None = None,
     ):
         self.window = _at_least("window", window, 1)
         self.lanes = _at_least("lanes", lanes, 1)
@@ -92,6 +103,15 @@ class DocumentWindows:
         self.shuffle = bool(shuffle)
         self.seed = random.randint(0, 2**31 - 1) if seed is None else _at_least("seed", seed, 0)
         self.per_step = bool(per_step)
+        self.mean_window, self.stretch = mean_window, stretch
+        if mean_window is not None and 1.25 * _at_least("mean_window", mean_window, 2) > window:
+            raise ValueError(
+                "`window` is the longest that a window can be, and must leave room for lengths "
+                "around `mean_window`: at least 1.25 times as much. "
+                f"Received: window={window}, mean_window={mean_window}"
+            )
+        if stretch is not None:
+            _at_least("stretch", stretch, 1)
         self.epoch = 0
         self.reads = 0
 
@@ -109,7 +129,7 @@ class DocumentWindows:
         else:
             self._targets = None if labels is None else take(labels, "labels")
         self._weights = _weights(weights, len(lengths))
-        self._layout = PACKINGS[packing](lengths, self.window, self.lanes)
+        self._layout = PACKINGS[packing](lengths, self.window, self.lanes, mean_window, stretch)
         self._plan = functools.lru_cache(maxsize=2)(self._layout.plan)
 
     def __len__(self) -> int:
@@ -131,12 +151,12 @@ class DocumentWindows:
     @property
     def lengths(self) -> np.ndarray:
         """int64 `[documents]`: the steps of each document."""
-        return self._layout.lengths
+        return np.diff(self._offsets)
 
     @property
     def num_steps(self) -> int:
-        """How many real steps (tokens) all documents have together."""
-        return int(self.lengths.sum())
+        """How many real steps (tokens) are read in an epoch."""
+        return int(self._layout.lengths.sum())
 
     @property
     def packing_efficiency(self) -> float:
@@ -151,7 +171,7 @@ class DocumentWindows:
     @property
     def has_padding(self) -> bool:
         """Whether any document's last window is padded."""
-        return bool((self._layout.lengths % self.window).any())
+        return self.mean_window is not None or bool((self._layout.lengths % self.window).any())
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
@@ -168,7 +188,7 @@ class DocumentWindows:
     @property
     def plan(self) -> Plan:
         """What each lane reads in the coming epoch."""
-        return self._plan((self.seed, self.epoch) if self.shuffle else None)
+        return self._plan_of(self.epoch)
 
     @property
     def starts(self) -> np.ndarray:
@@ -247,8 +267,12 @@ class DocumentWindows:
         y = tf.nest.map_structure(lambda t: None if t is None else t[labelled], self._targets)
         return steps, real, y, self._weights[documents]
 
+    def _plan_of(self, epoch: int) -> Plan:
+        drawn = self.shuffle or self.mean_window is not None or self.stretch is not None
+        return self._plan((self.seed, epoch if drawn else 0), self.shuffle)
+
     def _read(self, epoch: np.int64, step: np.int64) -> list[np.ndarray]:
-        plan = self._plan((self.seed, int(epoch)) if self.shuffle else None)
+        plan = self._plan_of(int(epoch))
         self.reads += 1
         if step == len(self) - 1:
             self.epoch = int(epoch) + 1
@@ -257,8 +281,9 @@ class DocumentWindows:
     def _batch(self, plan: Plan, step: int) -> tuple:
         document, length = plan.document[step], plan.length[step]
         busy = document != IDLE
+        first = self._offsets[document] + plan.begin[step]
         # An idle lane repeats a real step that is no padding: cuDNN refuses fully masked rows.
-        begin = np.where(busy, self._offsets[document] + plan.offset[step], self._filler)
+        begin = np.where(busy, first + plan.offset[step], self._filler)
         real = np.arange(self.window) < np.maximum(length, 1)[:, None]  # [lanes, window]
         position = np.where(real, begin[:, None] + np.arange(self.window), self._filler)
         x = {

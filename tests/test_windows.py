@@ -52,6 +52,74 @@ def test_windows_rejoin_to_the_documents(lengths, window, lanes, packing, shuffl
         assert read == [tuple(flat[a:b]) for a, b in itertools.pairwise(offsets)]
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=20),
+    mean=st.integers(2, 8),
+    lanes=st.integers(1, 6),
+    packing=st.sampled_from(["packed", "aligned"]),
+)
+def test_windows_of_random_lengths_rejoin_to_the_documents(lengths, mean, lanes, packing):
+    flat, offsets = np.arange(1, sum(lengths) + 1), np.cumsum([0, *lengths])
+    windows = DocumentWindows(
+        flat, offsets=offsets, window=-(-5 * mean // 4), mean_window=mean, lanes=lanes,
+        packing=packing, seed=3,
+    )  # fmt: skip
+    for _ in range(2):
+        plan = windows.plan
+        assert ((1 <= plan.length) == (plan.document >= 0)).all()
+        assert plan.length.max() <= windows.window
+        read = sorted(map(tuple, rejoin(windows)))
+        assert read == [tuple(flat[a:b]) for a, b in itertools.pairwise(offsets)]
+
+
+def test_random_lengths_are_around_their_mean_and_new_in_every_epoch():
+    windows = DocumentWindows(
+        np.ones(10**6, "int32"), offsets=[0, 10**6], window=100, mean_window=70, lanes=1, seed=0
+    )
+    lengths = windows.plan.length[:, 0]
+    assert len(windows) == -(-(10**6) // 70) and lengths.sum() == 10**6
+    assert lengths.mean() == pytest.approx(70, rel=0.01)
+    assert 0.04 < np.mean(lengths < 53) < 0.06  # one in twenty is half as long
+    assert np.std(lengths[lengths >= 53]) == pytest.approx(5 * 70 / 68.25, rel=0.05)
+    windows.epoch = 1
+    assert (windows.plan.length[:, 0] != lengths).mean() > 0.8
+
+
+def test_windows_of_random_lengths_have_one_shape():
+    windows = DocumentWindows([[1] * 90], [0], window=10, mean_window=8, lanes=2)
+    x, _, _ = windows.dataset(flags=True).element_spec
+    assert x["inputs"].shape == (2, 10)
+
+
+@pytest.mark.parametrize("mean_window", [None, 4])
+def test_a_stretch_is_read_of_a_long_document(mean_window):
+    document = np.arange(1, 101)
+    windows = DocumentWindows(
+        [document, [7, 8, 9]], window=5, lanes=2, stretch=3, mean_window=mean_window, seed=0
+    )
+    steps = 3 * (mean_window or 5)
+    begins = set()
+    assert windows.num_steps == steps + 3
+    for _ in range(400):
+        short, long = sorted(map(list, rejoin(windows)), key=len)
+        assert short == [7, 8, 9]
+        assert long == list(range(long[0], long[0] + steps))
+        begins.add(long[0])
+        if len(begins) > 0.9 * (101 - steps):
+            break
+    assert {min(begins), max(begins)} <= set(range(1, 102 - steps)) and len(begins) > 70
+
+
+def test_targets_per_step_follow_the_stretch():
+    document = np.arange(1, 51)
+    windows = DocumentWindows(
+        [document], [document * 10], window=5, lanes=1, stretch=2, per_step=True, seed=1
+    )
+    for x, y, _ in batches(windows, flags=True):
+        np.testing.assert_array_equal(y, x["inputs"] * 10)
+
+
 def test_a_batch_holds_what_its_docstring_says():
     windows = DocumentWindows(
         [[3, 1, 4], [1, 5]], [0, 1], weights=[0.5, 1], window=2, lanes=3, seed=0
@@ -191,6 +259,8 @@ def test_idle_lanes_are_well_formed():
         ({"weights": [1, -1]}, "one finite number >= 0 per document"),
         ({"window": 0}, "`window` must be an integer >= 1"),
         ({"lanes": 0}, "`lanes` must be an integer >= 1"),
+        ({"mean_window": 3, "window": 3}, "at least 1.25 times"),
+        ({"stretch": 0}, "`stretch` must be an integer >= 1"),
         ({"packing": "tight"}, "`packing` must be one of"),
         ({"documents": tf.data.Dataset.from_tensors([1]).repeat()}, "finite dataset"),
     ],
