@@ -164,7 +164,10 @@ def backpropagate(
             output_gradients=[tf.ones_like(loss), *upstream],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
-        found = [tf.convert_to_tensor(gradient) for gradient in found]
+        found = [
+            tf.ensure_shape(tf.convert_to_tensor(gradient), source.shape)
+            for gradient, source in zip(found, sources, strict=True)
+        ]
         kept = [
             tf.where(_rows(window["starts"], gradient), tf.zeros_like(gradient), gradient * factor)
             for gradient, factor in zip(found[len(variables) :], crossing, strict=True)
