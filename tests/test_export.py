@@ -55,6 +55,18 @@ def serve_in_a_clean_process(path, texts):
     return json.loads(re.search("^ANSWER (.*)$", run.stdout, re.M)[1])
 
 
+def test_a_pooled_model_serves_what_it_predicts(vectorizer, tmp_path):
+    def pooled_lstm():
+        lstm = keras.layers.LSTM(5, stateful=True, return_sequences=True)
+        return lambda x: keras_tbptt.layers.ConcatPooling(stateful=True)(lstm(x))
+
+    model = token_model(layers=token_layers(pooled_lstm), window_loss="pooled")
+    path = keras_tbptt.export_saved_model(model, tmp_path / "m", vectorizer=vectorizer)
+    serve = tf.saved_model.load(str(path)).signatures["serving_default"]
+    expected = model.predict_documents(encode(vectorizer, TEXTS))
+    np.testing.assert_allclose(serve(tf.constant(TEXTS))["probability"], expected, atol=1e-6)
+
+
 def test_a_clean_process_serves_what_the_model_predicts(model, vectorizer, tmp_path):
     path = keras_tbptt.export_saved_model(model, tmp_path / "m", vectorizer=vectorizer)
     assert path == tmp_path / "m" / "1"

@@ -268,3 +268,22 @@ def test_the_number_of_optimizer_steps_is_known_before(reach, window_loss):
     expected = model.optimizer_steps(windows)
     model.fit(windows, verbose=0)
     assert int(model.optimizer.iterations) == expected
+
+
+@pytest.mark.parametrize("reach", [1, "artbp", "all"])
+def test_random_lengths_and_random_reach_trace_nothing_anew(reach):
+    traces = []
+
+    class Traced(L.Layer):
+        supports_masking = True
+
+        def call(self, x):
+            traces.append(1)
+            return x
+
+    model = build(lambda x, **kw: L.LSTM(5, **kw)(Traced()(x)), backprop_windows=reach)
+    windows = windows_of(count=11, longest=60, mean_window=4, seed=0)
+    model.fit(windows, verbose=0)
+    traced = len(traces)
+    model.fit(windows, epochs=3, verbose=0)
+    assert len(traces) == traced
