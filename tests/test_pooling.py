@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from toys import random_documents
 
-from keras_tbptt import DocumentWindows, TBPTTModel
+from keras_tbptt import TBPTTModel
 from keras_tbptt.layers import ConcatPooling
 
 
@@ -29,7 +29,8 @@ def test_windows_pool_a_document_as_one_pass_does():
 def test_its_state_is_no_weight_and_is_reset():
     layer = ConcatPooling(stateful=True)
     first = layer(np.ones((2, 3, 4)))
-    assert layer.weights == [] and [tuple(s.shape) for s in layer.states] == [(2, 4), (2, 4), (2, 1)]
+    assert layer.weights == []
+    assert [tuple(state.shape) for state in layer.states] == [(2, 4), (2, 4), (2, 1)]
     np.testing.assert_array_equal(layer(np.zeros((2, 3, 4)))[:, 4:8], np.full((2, 4), 0.5))
     layer.reset_state()
     np.testing.assert_array_equal(layer(np.ones((2, 3, 4))), first)
