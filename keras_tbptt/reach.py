@@ -164,10 +164,7 @@ def backpropagate(
             output_gradients=[tf.ones_like(loss), *upstream],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
-        found = [
-            tf.ensure_shape(tf.convert_to_tensor(gradient), source.shape)
-            for gradient, source in zip(found, sources, strict=True)
-        ]
+        found = [tf.convert_to_tensor(gradient) for gradient in found]
         kept = [
             tf.where(_rows(window["starts"], gradient), tf.zeros_like(gradient), gradient * factor)
             for gradient, factor in zip(found[len(variables) :], crossing, strict=True)

@@ -209,7 +209,8 @@ def explicit_state(model: keras.Model) -> Callable:
         mask: Any = None,
         seeds: Sequence[tf.Tensor] | None = None,
     ) -> tuple[Any, list[tf.Tensor]]:
-        if not tf.executing_eagerly():
+        own_rows = states[0].shape[0] == variables[0].shape[0]
+        if not own_rows and not tf.executing_eagerly():
             inputs, states, mask = keras.tree.map_structure(_any_rows, (inputs, list(states), mask))
         with keras.StatelessScope(initialize_variables=False) as scope:
             for variable, state in zip(variables, states, strict=True):

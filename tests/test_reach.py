@@ -5,7 +5,7 @@ import tensorflow as tf
 from toys import VOCAB, random_documents, random_labels, weights_of
 
 from keras_tbptt import DocumentWindows, TBPTTModel
-from keras_tbptt.layers import ConcatPooling
+from keras_tbptt.layers import LSTM, ConcatPooling
 from keras_tbptt.losses import window_weights
 from keras_tbptt.reach import WindowHistory
 from keras_tbptt.state import explicit_state, initial_states, seed_variables
@@ -287,3 +287,20 @@ def test_random_lengths_and_random_reach_trace_nothing_anew(reach):
     traced = len(traces)
     model.fit(windows, epochs=3, verbose=0)
     assert len(traces) == traced
+
+
+@pytest.mark.parametrize("layer", [L.LSTM, L.GRU, LSTM])
+def test_one_lane_has_reach_too(layer):
+    def train(reach):
+        keras.utils.set_random_seed(1)
+        steps = keras.Input(batch_shape=(1, 5, 3))
+        x = L.Dense(1)(layer(4, stateful=True)(steps))
+        model = TBPTTModel(steps, x, window_loss="final_only", backprop_windows=reach)
+        model.compile("sgd", "mse")
+        windows = DocumentWindows(documents, [1.0], window=5, lanes=1, packing="aligned")
+        model.fit(windows, verbose=0)
+        return weights_of(model)
+
+    documents = [np.random.default_rng(0).normal(size=(14, 3)).astype("float32")]
+    np.testing.assert_allclose(train("all"), train(3), atol=1e-6)
+    assert np.abs(train("all") - train(2)).max() > 1e-6
