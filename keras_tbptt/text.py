@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 _BATCH = 1024
+WORDLESS = "[UNK]"  # what a text without a word becomes: one unknown word
 
 
 @keras.saving.register_keras_serializable(package="keras_tbptt")
@@ -30,7 +31,7 @@ def standardize(texts: tf.Tensor) -> tf.Tensor:
     texts = tf.strings.regex_replace(texts, r"['\x{2019}]", "")
     texts = tf.strings.regex_replace(texts, r"[[:punct:][:cntrl:]\s]+", " ")
     texts = tf.strings.strip(texts)
-    return tf.where(texts == "", "[UNK]", texts)
+    return tf.where(texts == "", WORDLESS, texts)
 
 
 def make_vectorizer(

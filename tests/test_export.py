@@ -109,7 +109,7 @@ def test_whole_documents_are_read_as_windows_are(layer):
         documents = random_documents()
         ragged = tf.ragged.constant([d.tolist() for d in documents])
         read = tf.function(document_reader(model))
-        outputs = read(ragged.to_tensor(), ragged.row_lengths())
+        outputs, _ = read(ragged.to_tensor(), ragged.row_lengths())
         expected = model.predict_documents(documents)
     np.testing.assert_allclose(outputs, expected, atol=1e-6)
 
@@ -136,6 +136,14 @@ def test_versions_count_up_and_none_is_overwritten(model, vectorizer, tmp_path):
         keras_tbptt.export_saved_model(model, tmp_path, vectorizer, version=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
     assert stat.S_IMODE(paths[0].stat().st_mode) == 0o755
+
+
+def test_old_versions_go_when_the_new_one_is_there(model, vectorizer, tmp_path):
+    for _ in range(3):
+        keras_tbptt.export_saved_model(model, tmp_path, vectorizer, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
+    with pytest.raises(ValueError, match=r"at least 1.*Received: keep=0"):
+        keras_tbptt.export_saved_model(model, tmp_path, vectorizer, keep=0)
 
 
 def test_a_failed_export_leaves_nothing(model, vectorizer, tmp_path, monkeypatch):
