@@ -147,9 +147,9 @@ def draw(rows: list[dict[str, Any]], path: Any) -> None:
                 axes.plot(values, [y] * len(values), ".", color=colour, markersize=4)
         axes.axvline(0.5, color="black", linewidth=0.8, linestyle="--")
         axes.set(yticks=range(len(rows)), yticklabels=[row["setting"] for row in rows],
-                 xlabel="accuracy on new texts (dots: seeds; dashed: chance)")  # fmt: skip
+                 xlabel="accuracy (dots: seeds)")  # fmt: skip
         axes.invert_yaxis()
-        axes.legend(fontsize=7, loc="lower left")
+        axes.legend(fontsize=7, loc="upper right")
 
 
 if __name__ == "__main__":

@@ -250,7 +250,9 @@ def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*map(str, row))
-    Console().print(table)
+    # A file or a pipe has no width to fold at.
+    console = Console()
+    Console(width=None if console.is_terminal else 160).print(table)
 
 
 @contextlib.contextmanager

@@ -46,10 +46,10 @@ def export_saved_model(
     `stream_tokens` would be.
 
     `state` is float32 `[batch, S]`, one row a stream: the latest outputs and all of the model's
-    recurrent state, in the order of `keras_tbptt.state.state_variables`, each flat. Where `start` is
-    true the row is not read, and the stream begins anew. A piece without a word, or with `lengths` 0,
-    leaves state and outputs as they are; outputs are zeros until a stream's first step. Pieces end
-    between words.
+    recurrent state, each flat, in the order of `keras_tbptt.state.state_variables`. Where `start`
+    is true the row is not read, and the stream begins anew. A piece without a word, or with
+    `lengths` 0, leaves state and outputs as they are; outputs are zeros until a stream's first step.
+    Pieces end between words.
 
     The version directory appears whole or not at all: it is written beside its place and renamed.
 

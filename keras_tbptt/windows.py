@@ -20,7 +20,8 @@ class DocumentWindows:
 
     Each document is split into windows of `window` consecutive steps, the last one right-padded
     with zeros, and the batch has `lanes` rows: a lane reads one document after another. Every
-    step of every document appears exactly once an epoch, in order, in one lane.
+    step of every document appears exactly once an epoch, in order, in one lane. (Windows of random
+    lengths, and reading only a stretch of a long document, are `mean_window` and `stretch`.)
 
     - `packing="packed"`: lanes run on independently; where a document ends, the lane's next
       window begins the next document. Hardly a lane is ever idle.
@@ -61,7 +62,10 @@ class DocumentWindows:
             rate in proportion to length. Every document keeps its number of windows.
         stretch: Optional int >= 1: of a document longer than so many windows, only a random
             stretch of that length is read in an epoch, from the initial state on; where it
-            begins is drawn from `(seed, epoch)`. `TBPTTModel(burn_in=...)` gives its state a start.
+            begins is drawn from `(seed, epoch)`. With `mean_window` the stretch has
+            `stretch * mean_window` steps. `TBPTTModel(burn_in=...)` gives its state a start, and
+            counts `window` steps each. `evaluate` and `predict_documents` read the coming epoch's
+            stretches, too: give them windows without `stretch` for whole documents.
 
     Raises:
         ValueError: If there are no documents, a document is empty, lengths disagree, a float
@@ -214,9 +218,10 @@ class DocumentWindows:
             `[lanes, window, F]` floats; with `flags=True` a dict of it as `"inputs"` and, each
             `[lanes]`, `"starts"` and `"ends"` (bool), `"lengths"` (int32, real steps of the
             window), `"offsets"` (int32, steps of the document before it) and `"totals"` (int32,
-            steps of the document). `y` is `[lanes, ...]`, or `[lanes, window, ...]` with
-            `per_step=True`. `sample_weight` is float32 `[lanes]`, or `[lanes, window]` with
-            `per_step=True`; zero where a lane is idle or a step is padding.
+            steps of the document); with `stretch` these speak of the stretch. `y` is
+            `[lanes, ...]`, or `[lanes, window, ...]` with `per_step=True`. `sample_weight` is
+            float32 `[lanes]`, or `[lanes, window]` with `per_step=True`; zero where a lane is idle
+            or a step is padding.
         """
         check_window_loss(window_loss)
         structure = self._batch(self.plan, 0)

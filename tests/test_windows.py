@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import random_documents, random_labels
+from toys import random_documents, random_labels, token_model
 
 from keras_tbptt import DocumentWindows
 
@@ -81,6 +81,7 @@ def test_random_lengths_are_around_their_mean_and_new_in_every_epoch():
     assert len(windows) == -(-(10**6) // 70) and lengths.sum() == 10**6
     assert lengths.mean() == pytest.approx(70, rel=0.01)
     assert 0.04 < np.mean(lengths < 53) < 0.06  # one in twenty is half as long
+    assert lengths[lengths < 53].mean() / lengths[lengths >= 53].mean() == pytest.approx(0.5, 0.02)
     assert np.std(lengths[lengths >= 53]) == pytest.approx(5 * 70 / 68.25, rel=0.05)
     windows.epoch = 1
     assert (windows.plan.length[:, 0] != lengths).mean() > 0.8
@@ -99,16 +100,53 @@ def test_a_stretch_is_read_of_a_long_document(mean_window):
         [document, [7, 8, 9]], window=5, lanes=2, stretch=3, mean_window=mean_window, seed=0
     )
     steps = 3 * (mean_window or 5)
-    begins = set()
     assert windows.num_steps == steps + 3
-    for _ in range(400):
+    for _ in range(5):
         short, long = sorted(map(list, rejoin(windows)), key=len)
         assert short == [7, 8, 9]
         assert long == list(range(long[0], long[0] + steps))
-        begins.add(long[0])
-        if len(begins) > 0.9 * (101 - steps):
-            break
-    assert {min(begins), max(begins)} <= set(range(1, 102 - steps)) and len(begins) > 70
+
+
+def test_a_stretch_begins_anywhere_alike():
+    windows = DocumentWindows([[1] * 20], window=4, lanes=1, stretch=2, seed=5)
+    begins = []
+    for windows.epoch in range(2600):
+        begins.append(windows.plan.begin[0, 0])
+    counts = np.bincount(begins, minlength=13)
+    assert len(counts) == 13  # 0 to 12: a stretch is 8 steps of 20
+    assert ((counts - 200) ** 2 / 200).sum() < 33  # chi-squared, 12 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("drawn", [{"mean_window": 4}, {"stretch": 2}])
+def test_what_is_drawn_depends_on_seed_and_epoch_alone(drawn, shuffle):
+    def read(seed, epoch):
+        windows = DocumentWindows(
+            [[1] * t for t in (90, 7, 64, 1)],
+            window=5, lanes=2, shuffle=shuffle, seed=seed, **drawn,
+        )  # fmt: skip
+        windows.epoch = epoch
+        return len(windows), [a.tobytes() for a in vars(windows.plan).values()]
+
+    plans = {key: read(*key) for key in itertools.product(range(2), range(3))}
+    assert len({size for size, _ in plans.values()}) == 1
+    assert len({tuple(plan) for _, plan in plans.values()}) == len(plans)
+    assert all(read(*key) == plan for key, plan in plans.items())
+
+
+def test_models_read_the_stretch_and_random_lengths_change_no_prediction():
+    documents, model = random_documents(), token_model(lanes=4, window=5)
+    windows = DocumentWindows(documents, window=5, lanes=4, stretch=1, seed=0)
+    plan, begins = windows.plan, np.zeros(len(documents), int)
+    begins[plan.document[plan.starts]] = plan.begin[plan.starts]
+    assert begins.any()
+    stretches = [d[b : b + 5] for d, b in zip(documents, begins, strict=True)]
+    expected = model.predict_documents(stretches)
+    np.testing.assert_allclose(model.predict_documents(windows), expected, atol=1e-6)
+
+    windows = DocumentWindows(documents, window=5, lanes=4, mean_window=4, seed=0)
+    expected = model.predict_documents(documents)
+    np.testing.assert_allclose(model.predict_documents(windows), expected, atol=1e-6)
 
 
 def test_targets_per_step_follow_the_stretch():
