@@ -9,6 +9,7 @@ training split prefers, reads the test split once, and exports a SavedModel for 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pathlib
 import subprocess
@@ -64,6 +65,7 @@ flags.DEFINE_string("data_dir", None, "tensorflow-datasets' directory; its defau
 flags.DEFINE_string(
     "export_dir", "saved_models/imdb", "Where a new version of the SavedModel goes; '' for nowhere."
 )  # fmt: skip
+flags.DEFINE_integer("keep", None, "Versions of the SavedModel that stay; all if not given.", 1)
 flags.DEFINE_multi_string(
     "try", ["I love this film.", "I hate this film."],
     "A text for the exported model to classify at the end, in a fresh process; repeat for more.",
@@ -164,7 +166,10 @@ def main() -> None:
     draw_learning_curve(results, directory / "learning_curve.png")
     directory.write_results(results)  # now: an export that fails must not lose them
     if FLAGS.export_dir:
-        path = keras_tbptt.export_saved_model(model, FLAGS.export_dir, vectorizer)
+        warmup = FLAGS["try"].value if importlib.util.find_spec("tensorflow_serving") else ()
+        path = keras_tbptt.export_saved_model(
+            model, FLAGS.export_dir, vectorizer, keep=FLAGS.keep, warmup_texts=warmup
+        )
         results["export_path"] = str(path)
         directory.write_results(results)
     print_closing_table(results, directory)

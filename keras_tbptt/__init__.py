@@ -9,7 +9,7 @@ if _keras.backend.backend() != "tensorflow":
         f"Received: KERAS_BACKEND={_keras.backend.backend()}"
     )
 
-from keras_tbptt import diagnostics, layers, losses, state, text
+from keras_tbptt import client, diagnostics, layers, losses, state, text
 from keras_tbptt.callbacks import ResetStates
 from keras_tbptt.export import export_saved_model
 from keras_tbptt.model import TBPTTModel
@@ -19,6 +19,7 @@ __all__ = [
     "DocumentWindows",
     "ResetStates",
     "TBPTTModel",
+    "client",
     "diagnostics",
     "export_saved_model",
     "layers",

@@ -7,12 +7,14 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from keras_tbptt.client import grpc_request
 from keras_tbptt.state import explicit_state, initial_states, state_variables
 from keras_tbptt.text import WORDLESS, standardize
 
@@ -23,6 +25,7 @@ def export_saved_model(
     vectorizer: keras.layers.TextVectorization | None = None,
     version: int | None = None,
     keep: int | None = None,
+    warmup_texts: Sequence[str] = (),
 ) -> pathlib.Path:
     """Exports a stateful model for TF Serving: `path/<version>/`.
 
@@ -48,8 +51,8 @@ def export_saved_model(
     `state` is float32 `[batch, S]`, one row a stream: the latest outputs and all of the model's
     recurrent state, each flat, in the order of `keras_tbptt.state.state_variables`. Where `start`
     is true the row is not read, and the stream begins anew. A piece without a word, or with
-    `lengths` 0, leaves state and outputs as they are; outputs are zeros until a stream's first step.
-    Pieces end between words.
+    `lengths` 0, leaves state and outputs as they are; outputs are zeros until a stream's first
+    step. Pieces end between words.
 
     The version directory appears whole or not at all: it is written beside its place and renamed.
 
@@ -62,14 +65,23 @@ def export_saved_model(
         version: int >= 1; None for one more than the largest there.
         keep: int >= 1, how many versions stay, the oldest being deleted once the new one is there;
             None for all.
+        warmup_texts: Texts that TF Serving reads, by every signature that takes text, before it
+            sends a client here (`assets.extra/tf_serving_warmup_requests`); at most 300. Needs
+            `pip install 'keras-tbptt[serving]'`.
 
     Returns:
         The path of the version directory.
 
     Raises:
-        ValueError: If the model has no stateful layer, or the version is there already.
+        ValueError: If the model has no stateful layer, the version is there already, or an argument
+            is out of its range.
         OSError: If the directory cannot be written; nothing is left behind then.
     """
+    if len(warmup_texts) > 300 or (warmup_texts and vectorizer is None):
+        raise ValueError(
+            "`warmup_texts` must be at most 300 texts, for a model exported with its vectorizer. "
+            f"Received: {len(warmup_texts)} texts, vectorizer={vectorizer}"
+        )
     if keep is not None and keep < 1:
         raise ValueError(f"`keep` must be at least 1, or None for all. Received: keep={keep}")
     path = pathlib.Path(path)
@@ -101,6 +113,8 @@ def export_saved_model(
             signatures=served.endpoints,
             options=tf.saved_model.SaveOptions(save_debug_info=False),
         )
+        if warmup_texts:
+            _write_warmup(partial, path.name, warmup_texts, _StreamState(model).width)
         partial.chmod(0o755)
         partial.rename(final)
     except BaseException:
@@ -111,6 +125,50 @@ def export_saved_model(
         for _, old in versions[:-keep]:
             shutil.rmtree(old)
     return final
+
+
+def write_models_config(path: str | os.PathLike, mount: str = "/models") -> pathlib.Path:
+    """Writes `models.config`, with which TF Serving serves every model of a directory.
+
+    Args:
+        path: The directory that holds the models' directories, such as `"saved_models"`.
+        mount: Where the server sees that directory.
+
+    Returns:
+        The path of the file, for the server's `--model_config_file`.
+    """
+    path = pathlib.Path(path)
+    models = [p.name for p in sorted(path.iterdir()) if any(v.name.isdigit() for v in _folders(p))]
+    entry = (
+        '  config {{\n    name: "{0}"\n    base_path: "{1}/{0}"\n'
+        '    model_platform: "tensorflow"\n  }}\n'
+    )
+    entries = "".join(entry.format(name, mount) for name in models)
+    partial = path / ".models.config.partial"
+    partial.write_text(f"model_config_list {{\n{entries}}}\n", encoding="utf-8")
+    return partial.rename(path / "models.config")
+
+
+def _folders(path: pathlib.Path) -> list[pathlib.Path]:
+    return [p for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
+
+
+def _write_warmup(version: pathlib.Path, name: str, texts: Sequence[str], width: int) -> None:
+    from tensorflow_serving.apis import prediction_log_pb2
+
+    folder = version / "assets.extra"
+    folder.mkdir(exist_ok=True)
+    with tf.io.TFRecordWriter(str(folder / "tf_serving_warmup_requests")) as writer:
+        for text in texts:
+            stream = {"text": [text], "state": np.zeros([1, width], "float32"), "start": [True]}
+            for request in (
+                grpc_request(name, {"text": [text]}, "serving_default"),
+                grpc_request(name, {"batch_size": 1}, "initial_state"),
+                grpc_request(name, stream, "stream"),
+            ):
+                log = prediction_log_pb2.PredictionLog()
+                log.predict_log.request.CopyFrom(request)
+                writer.write(log.SerializeToString())
 
 
 def signatures(
