@@ -1,0 +1,96 @@
+"""The exported model at the edges of what a server does with it, in processes of their own."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
+from toys import VOCAB, token_model
+
+import keras_tbptt
+from keras_tbptt.text import encode, make_vectorizer
+
+HERE = pathlib.Path(__file__).parent
+TEXTS = ["a b c d e f g h i j k l", "b", "a text of words that it does not know, and long", "j i"]
+
+STREAM = """
+import sys
+for name in ("keras", "keras_tbptt"):
+    sys.modules[name] = None
+import json, tensorflow as tf
+signatures = tf.saved_model.load(sys.argv[1]).signatures
+state = signatures["initial_state"](batch_size=tf.constant(1))["state"]
+answers = []
+for text in json.loads(sys.argv[2]):
+    start = tf.constant([True])
+    for word in text.split():
+        reply = signatures["stream"](text=tf.constant([word]), state=state, start=start)
+        state, start = reply["state"], tf.constant([False])
+    answers.append(float(reply["probability"][0, 0]))
+print("ANSWER", json.dumps(answers))
+"""
+
+MEMORY = """
+import resource, sys, tensorflow as tf
+serve = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
+serve(text=tf.constant(["a b c d e f g h i j " * 100]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+serve(text=tf.constant(["a b c d e f g h i j " * 100_000]))
+print("ANSWER", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    vectorizer = make_vectorizer([" ".join("abcdefghij")], VOCAB)
+    model = token_model()
+    path = keras_tbptt.export_saved_model(model, tmp_path_factory.mktemp("m"), vectorizer)
+    return path, model.predict_documents(encode(vectorizer, TEXTS))[:, 0]
+
+
+def answer_of(*command):
+    run = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return json.loads(re.search("^ANSWER (.*)$", run.stdout, re.M)[1])
+
+
+def test_a_process_without_keras_serves_a_stream(exported):
+    path, expected = exported
+    answers = answer_of("-c", STREAM, path, json.dumps(TEXTS))
+    np.testing.assert_allclose(answers, expected, atol=1e-5)
+
+
+def test_the_c_api_serves_strings(exported):
+    path, expected = exported
+    proto = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes())
+    signature = proto.meta_graphs[0].signature_def["serving_default"]
+    names = signature.inputs["text"].name, signature.outputs["probability"].name
+    library = pathlib.Path(tf.__file__).with_name("libtensorflow_cc.so.2")
+    answers = answer_of(HERE / "c_api.py", library, path, *names, *TEXTS)
+    np.testing.assert_allclose(answers, expected, atol=1e-5)
+
+
+def test_the_command_line_shows_every_signature(exported):
+    path, _ = exported
+    shown = subprocess.run(
+        [sys.executable, "-m", "tensorflow.python.tools.saved_model_cli",
+         "show", "--dir", str(path), "--all"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    for name in ("serving_default", "tokens", "stream", "stream_tokens", "initial_state"):
+        assert f"signature_def['{name}']" in shown
+    assert "inputs['text'] tensor_info:\n        dtype: DT_STRING\n        shape: (-1)" in shown
+
+
+def test_a_million_words_need_little_more_memory_than_a_thousand(exported):
+    path, _ = exported
+    assert answer_of("-c", MEMORY, path) < 150
