@@ -190,9 +190,7 @@ def main() -> None:
         print(f"K = {window}: sensitivity {rows[-1]['sensitivity']:+.2f}", flush=True)
     mean, error = draw_artbp(FLAGS.draws, FLAGS.seed)
     keras.utils.set_random_seed(FLAGS.seed)
-    model = build_model(
-        ARTBP_WINDOW, backprop_windows="artbp", cut_probability=CUT_PROBABILITY
-    )
+    model = build_model(ARTBP_WINDOW, backprop_windows="artbp", cut_probability=CUT_PROBABILITY)
     path = follow(model, round(FLAGS.updates / CUT_PROBABILITY))
     artbp = {"window": ARTBP_WINDOW, "cut_probability": CUT_PROBABILITY, "draws": FLAGS.draws}
     artbp |= {"sensitivity": mean, "standard_error": error, **path}

@@ -211,9 +211,7 @@ def signatures(
         outputs, states = read(steps, lengths, outputs, states)
         return {**named(outputs), "state": layout.pack(outputs, states)}
 
-    def check_state(
-        rows: tf.Tensor, name: str, state: tf.Tensor, start: tf.Tensor
-    ) -> tf.Tensor:
+    def check_state(rows: tf.Tensor, name: str, state: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
         width = tf.shape(state)[1]
         same = _same_rows(name, rows, "state", state), _same_rows(name, rows, "start", start)
         right = _require(width == layout.width, f"`state` must have {layout.width} columns.", width)

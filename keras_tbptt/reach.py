@@ -152,6 +152,7 @@ def backpropagate(
     Returns:
         A dense tensor per variable.
     """
+
     def step(window, back, values):
         gradients, upstream = values
         with tf.GradientTape() as tape:

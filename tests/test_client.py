@@ -21,9 +21,7 @@ TEXT = "a b c d e f g h i j k l m n o p"
 def exported(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "toy"
     vectorizer = make_vectorizer([" ".join("abcdefghij")], VOCAB)
-    return keras_tbptt.export_saved_model(
-        token_model(), path, vectorizer, warmup_texts=[TEXT, "a"]
-    )
+    return keras_tbptt.export_saved_model(token_model(), path, vectorizer, warmup_texts=[TEXT, "a"])
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +93,7 @@ def test_the_documented_rest_request_and_bytes():
 
 def test_warm_up_requests_are_what_the_signatures_take(exported, serve):
     loaded = tf.saved_model.load(str(exported)).signatures
-    records = tf.data.TFRecordDataset(
-        str(exported / "assets.extra" / "tf_serving_warmup_requests")
-    )
+    records = tf.data.TFRecordDataset(str(exported / "assets.extra" / "tf_serving_warmup_requests"))
     seen = []
     for record in records.as_numpy_iterator():
         request = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request

@@ -55,9 +55,7 @@ def build(recurrent=RECURRENT["LSTM"], cls=TBPTTModel, time=WINDOW, **kwargs):
 
 def windows_of(count=LANES, longest=33, packing="aligned", **kwargs):
     documents, labels = random_documents(count, longest, seed=2), random_labels(count)
-    return DocumentWindows(
-        documents, labels, window=WINDOW, lanes=LANES, packing=packing, **kwargs
-    )
+    return DocumentWindows(documents, labels, window=WINDOW, lanes=LANES, packing=packing, **kwargs)
 
 
 def fitted(model, windows, **kwargs):
