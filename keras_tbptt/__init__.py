@@ -10,6 +10,7 @@ if _keras.backend.backend() != "tensorflow":
     )
 
 from keras_tbptt import client, diagnostics, layers, losses, state, text
+from keras_tbptt.backup import ExactBackup
 from keras_tbptt.callbacks import ResetStates
 from keras_tbptt.export import export_saved_model
 from keras_tbptt.model import TBPTTModel
@@ -17,6 +18,7 @@ from keras_tbptt.windows import DocumentWindows
 
 __all__ = [
     "DocumentWindows",
+    "ExactBackup",
     "ResetStates",
     "TBPTTModel",
     "client",

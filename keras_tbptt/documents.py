@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,20 @@ def chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     rows = max(1, _CHUNK // max(1, int(np.prod(values.shape[1:]))))
     for start in range(0, len(values), rows):
         yield start, np.asarray(values[start : start + rows])
+
+
+def fingerprint(arrays: Iterable[np.ndarray]) -> str:
+    """SHA-256 of the contents, dtypes and shapes of arrays, in hexadecimal.
+
+    Args:
+        arrays: Each `[rows, ...]`.
+    """
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        for _, part in chunks(array):
+            digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()
 
 
 def first_nonzero(values: np.ndarray, default: int) -> int:

@@ -225,8 +225,8 @@ class TBPTTModel(keras.Model):
                 f"Received: packing={packing!r}"
             )
         x = self._windows_dataset(x, needs_labels=True)
-        if self._history is not None:
-            self._history.clear()
+        if self.backprop_windows != 1:
+            self._history_of(self._kept_of(*_unpack(x.element_spec))).clear()
         kwargs.setdefault("shuffle", False)  # Keras warns that it cannot shuffle a dataset
         if class_weight is not None:
             x = x.map(_class_weigher(class_weight, x.element_spec))
@@ -374,15 +374,7 @@ class TBPTTModel(keras.Model):
     ) -> dict[str, tf.Tensor]:
         """Reads a window, keeps what it takes to read it again, and learns when it is time."""
         weight = sample_weight * share
-        window = {
-            "inputs": x["inputs"],
-            "starts": x["starts"],
-            "lengths": x["lengths"],
-            "states": [tf.identity(variable.value) for variable in state_variables(self)],
-            "seeds": [tf.identity(variable.value) for variable in seed_variables(self)],
-            "y": y,
-            "weight": weight,
-        }
+        window = self._kept_of(x, y, weight)
         history = self._history_of(window)
         history.append(window)
         y_pred = self._read(x, training=True)
@@ -434,12 +426,22 @@ class TBPTTModel(keras.Model):
         loss -= (1 - tf.cast(newest, loss.dtype)) * self._penalty(loss)  # once in a step
         return self.optimizer.scale_loss(loss), new_states
 
+    def _kept_of(self, x: Mapping[str, Any], y: Any, weight: Any) -> dict[str, Any]:
+        """What it takes to read a window again, before it is read."""
+        return {
+            **{name: x[name] for name in ("inputs", "starts", "lengths")},
+            "states": [tf.identity(variable.value) for variable in state_variables(self)],
+            "seeds": [tf.identity(variable.value) for variable in seed_variables(self)],
+            "y": y,
+            "weight": weight,
+        }
+
     def _history_of(self, window: Any) -> WindowHistory:
         """The history for windows like this; inside a graph too, variables are made outside."""
         spec = [(tensor.shape, tensor.dtype) for tensor in tf.nest.flatten(window)]
         if self._history is None or self._history.spec != spec:
             limit = self.backprop_windows if isinstance(self.backprop_windows, int) else None
-            specs = tf.nest.map_structure(tf.TensorSpec.from_tensor, window)
+            specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), window)
             with tf.init_scope():
                 self._history = WindowHistory(specs, limit)
         return self._history
@@ -532,6 +534,11 @@ class TBPTTModel(keras.Model):
             warm = x["ends"] | (x["offsets"] >= self.burn_in * self.window)
             share *= tf.cast(warm[:, None] if per_step else warm, share.dtype)
         return share
+
+    @property
+    def window_history(self) -> WindowHistory | None:
+        """The windows that the next step's gradient may flow back to; None with reach 1."""
+        return self._history
 
     @property
     def _may_only_read(self) -> bool:

@@ -189,6 +189,12 @@ class DocumentWindows:
             return None
         return max(int(part.max()) for _, part in forms.chunks(self._values))
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of documents, labels and weights, in hexadecimal."""
+        targets = [t for t in tf.nest.flatten(self._targets) if t is not None]
+        return forms.fingerprint([self._values, self._offsets, self._weights, *targets])
+
     @property
     def plan(self) -> Plan:
         """What each lane reads in the coming epoch."""

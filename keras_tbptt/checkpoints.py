@@ -1,0 +1,155 @@
+"""A directory of checkpoints, each of which is there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+_SUMS = "SHA256SUMS"
+_PARTIAL = ".partial-"
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint is not what was written: truncated, changed or incomplete."""
+
+
+class CheckpointDirectory:
+    """The last few checkpoints of a training.
+
+    A checkpoint is a directory of its own: the variables as `tf.train.Checkpoint` writes them,
+    `about.json`, `arrays.npz`, and `SHA256SUMS` over them all, which `sha256sum -c` reads. It is
+    written beside its place, brought to the disk, and renamed; whatever stops that leaves the
+    checkpoints before it as they were.
+
+    Args:
+        path: The directory; made when the first checkpoint is written.
+        keep: int >= 1, how many checkpoints stay.
+    """
+
+    def __init__(self, path: str | os.PathLike, keep: int):
+        self.path = pathlib.Path(path)
+        self.keep = keep
+
+    def newest_first(self) -> list[pathlib.Path]:
+        """The checkpoints that are there, by name, the last one first."""
+        if not self.path.is_dir():
+            return []
+        there = [p for p in self.path.iterdir() if p.is_dir() and not p.name.startswith(".")]
+        return sorted(there, reverse=True)
+
+    def write(
+        self,
+        name: str,
+        variables: Sequence[tf.Variable],
+        about: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray],
+    ) -> pathlib.Path:
+        """Writes a checkpoint, and deletes those that are too many then.
+
+        Args:
+            name: Its name, later than all before it in the order of strings.
+            variables: What it holds, in this order.
+            about: What can be written as JSON.
+            arrays: Further arrays by name.
+
+        Returns:
+            Its path.
+
+        Raises:
+            OSError: If it cannot be written; nothing is changed then.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        for abandoned in self.path.glob(f"{_PARTIAL}*"):  # by a process that was killed
+            shutil.rmtree(abandoned, ignore_errors=True)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.path))
+        final = self.path / name
+        try:
+            tf.train.Checkpoint(variables=list(variables)).write(str(partial / "variables"))
+            np.savez(partial / "arrays.npz", **arrays)
+            (partial / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+            lines = [f"{_digest(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
+            (partial / _SUMS).write_text("".join(lines), encoding="utf-8")
+            for file in (*partial.iterdir(), partial):
+                _bring_to_disk(file)
+            if final.exists():  # of a run that went on from before it
+                shutil.rmtree(final)
+            partial.rename(final)
+            _bring_to_disk(self.path)
+        except tf.errors.OpError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(f"{error.message}") from error
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        for old in self.newest_first()[self.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def read_about(self, checkpoint: pathlib.Path) -> dict[str, Any]:
+        """Makes sure that a checkpoint is what was written.
+
+        Args:
+            checkpoint: Its path.
+
+        Returns:
+            What was given as `about`.
+
+        Raises:
+            DamagedCheckpointError: If it is not; the message says which file.
+        """
+        try:
+            lines = (checkpoint / _SUMS).read_text(encoding="utf-8").splitlines()
+            sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        except (OSError, ValueError) as error:
+            raise DamagedCheckpointError(f"{_SUMS} cannot be read") from error
+        if not {"about.json", "arrays.npz", "variables.index"} <= sums.keys():
+            raise DamagedCheckpointError(f"{_SUMS} is not whole")
+        for name, digest in sums.items():
+            try:
+                same = _digest(checkpoint / name) == digest
+            except OSError as error:
+                raise DamagedCheckpointError(f"{name} is missing") from error
+            if not same:
+                raise DamagedCheckpointError(f"{name} has changed since it was written")
+        return json.loads((checkpoint / "about.json").read_text(encoding="utf-8"))
+
+    def read_arrays(self, checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
+        """The further arrays of a checkpoint.
+
+        Args:
+            checkpoint: Its path.
+        """
+        with np.load(checkpoint / "arrays.npz") as arrays:
+            return dict(arrays)
+
+    def restore(self, checkpoint: pathlib.Path, variables: Sequence[tf.Variable]) -> None:
+        """Gives variables the values that a checkpoint holds.
+
+        Args:
+            checkpoint: Its path.
+            variables: In the order in which they were written.
+        """
+        status = tf.train.Checkpoint(variables=list(variables)).read(str(checkpoint / "variables"))
+        status.assert_consumed()
+
+
+def _digest(file: pathlib.Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _bring_to_disk(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,89 @@
+"""Which window, lane and document a loss or a weight that is not finite came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_tbptt.model import TBPTTModel
+from keras_tbptt.state import preserve_states, reset_states, state_variables
+from keras_tbptt.windows import DocumentWindows
+
+
+def all_finite(variables: Iterable[tf.Variable]) -> bool:
+    """Whether there is no NaN and no infinity in any of them.
+
+    Args:
+        variables: Of any dtype; integers are finite.
+    """
+    floats = [v for v in variables if v.dtype.is_floating]
+    return all(bool(tf.reduce_all(tf.math.is_finite(v))) for v in floats)
+
+
+def find_cause(
+    model: keras.Model, windows: DocumentWindows, begin: tuple[int, int], end: tuple[int, int]
+) -> str:
+    """Trains again from a sound state, window by window, up to what is not finite.
+
+    Args:
+        model: With weights, optimizer and states as they were at `begin`; it is trained.
+        windows: What it is trained on.
+        begin: `windows.epoch`, and the window in it.
+        end: The same of the last window to try.
+
+    Returns:
+        Window, lanes and documents, in words.
+    """
+    train_step = tf.function(model.train_step)
+    kept = [v.value for v in (*model.trainable_variables, *state_variables(model))]
+    model.reset_metrics()
+    for epoch in range(begin[0], end[0] + 1):
+        windows.epoch = epoch
+        plan = windows.plan
+        for window, data in enumerate(windows.dataset(flags=isinstance(model, TBPTTModel))):
+            if (epoch, window) < begin:
+                continue
+            if (epoch, window) >= end:
+                break
+            reset_states(model, plan.starts[window])
+            before = [value.numpy() for value in kept]
+            loss = train_step(data)["loss"]
+            if np.isfinite(loss) and all_finite(v.value for v in model.trainable_variables):
+                continue
+            for variable, value in zip(kept, before, strict=True):
+                variable.assign(value)
+            lanes, why = _lanes(model, data, plan.document[window] >= 0)
+            return (
+                f"window {window + 1} of {len(windows)}, "
+                f"lanes {lanes.tolist()} ({why}), where documents "
+                f"{plan.document[window, lanes].tolist()} are read from steps "
+                f"{(plan.begin + plan.offset)[window, lanes].tolist()} on"
+            )
+    return "no window, when it was trained again from there"
+
+
+def _lanes(model: keras.Model, data: tuple, busy: np.ndarray) -> tuple[np.ndarray, str]:
+    """The lanes to blame, and why, before the window is learnt from."""
+    x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+    inputs = x["inputs"] if isinstance(model, TBPTTModel) else x
+    with preserve_states(model):
+        y_pred = model(inputs, training=False)
+    y_pred = keras.tree.map_structure(tf.identity, y_pred)  # without masks
+
+    def loss_of(lane: int) -> float:
+        # In every row, not with the weights of the others at 0: 0 times infinity is NaN.
+        alone = [
+            keras.tree.map_structure(lambda t: tf.gather(t, [lane] * len(busy)), part)
+            for part in (y, y_pred, weight)
+        ]
+        return float(model.compute_loss(None, *alone, training=False))
+
+    losses = np.array([loss_of(lane) if busy[lane] else 0.0 for lane in range(len(busy))])
+    outputs = [np.isfinite(t).reshape(len(busy), -1).all(1) for t in keras.tree.flatten(y_pred)]
+    bad = np.flatnonzero(busy & ~(np.isfinite(losses) & np.all(outputs, axis=0)))
+    if len(bad):
+        return bad, "whose outputs or losses are not finite"
+    return np.array([losses.argmax()]), "whose loss is the largest; it is the step that was not"
