@@ -181,7 +181,7 @@ class ExactBackup(keras.callbacks.Callback):
         model.optimizer.build(model.trainable_variables)
         read = iter(self.windows.dataset(flags=isinstance(model, TBPTTModel)))
         epoch = self.windows.epoch
-        x, y, weight = keras.utils.unpack_x_y_sample_weight(next(read))
+        _, y, weight = keras.utils.unpack_x_y_sample_weight(next(read))
         self.windows.epoch = epoch
         y_pred = keras.tree.map_structure(lambda t: tf.zeros(t.shape, t.dtype), model.output)
         model.compute_loss(x=None, y=y, y_pred=y_pred, sample_weight=weight, training=False)

@@ -326,7 +326,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
             if batch == 6:
                 training.model.layers[-1].kernel.assign(np.full((5, 1), np.nan))
 
-    with pytest.raises(FloatingPointError, match="not finite|nan"):
+    with pytest.raises(FloatingPointError, match=r"not finite|nan"):
         training.fit(Break(), every_windows=1)
     assert np.isfinite(training.model.layers[-1].kernel.numpy()).all()
 
