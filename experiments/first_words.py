@@ -106,10 +106,12 @@ def train_and_test(
 
 def main() -> None:
     """Trains all rows, and shows them."""
-    directory = runner.RunDirectory("first_words", f"{FLAGS.seeds}seeds")
+    directory = runner.RunDirectory("first_words", f"{FLAGS.seeds}seeds", free=["jobs"])
     rows = []
     arguments = FLAGS.documents, FLAGS.test_documents, FLAGS.epochs
-    for row in settings.run_each(train_and_test, SETTINGS, *arguments):
+    for row in settings.run_each(
+        train_and_test, SETTINGS, *arguments, done=directory.results.get("rows", ())
+    ):
         rows.append(row)
         directory.write_results(
             {

@@ -108,7 +108,13 @@ def main() -> None:
         corpus = data.load(FLAGS.data, FLAGS.data_dir, FLAGS.limit, FLAGS.validation, FLAGS.seed)
     except data.DataUnavailableError as error:
         raise runner.RunError(str(error)) from error
-    directory = runner.RunDirectory("imdb", f"window{FLAGS.window}-{FLAGS.window_loss}")
+    directory = runner.RunDirectory(
+        "imdb", f"window{FLAGS.window}-{FLAGS.window_loss}", free=["backup_seconds"]
+    )
+    if directory.results and bool(directory.results["export_path"]) == bool(FLAGS.export_dir):
+        print("This run is complete.")
+        print_closing_table(directory.results, directory)
+        return
 
     vectorizer = text.make_vectorizer(corpus.train.texts, FLAGS.vocab_size)
     model = build_model()
@@ -136,14 +142,14 @@ def main() -> None:
         weighted_metrics=["accuracy"],
         steps_per_execution=FLAGS.steps_per_execution,
     )
-    epochs = runner.Epochs(train.num_steps)
+    epochs = runner.Epochs(train.num_steps, directory / "log.csv")
     model.fit(
         train,
         validation_data=valid,
         epochs=FLAGS.epochs,
-        callbacks=[epochs, *runner.keras_callbacks(directory)],
+        callbacks=runner.keras_callbacks(directory, train, epochs),
     )
-    model.load_weights(directory / "checkpoints" / "best.weights.h5")
+    model.save_weights(directory / "best.weights.h5")
     test_loss, test_accuracy = model.evaluate(test, verbose=0)
 
     results = {

@@ -183,10 +183,17 @@ def main() -> None:
     """Computes the sensitivities, follows the parameter, and shows both."""
     directory = runner.RunDirectory("influence", f"{FLAGS.updates}updates")
     exact = 2.0 * (UP - (UNITS - UP))
-    rows = []
-    for window in map(int, FLAGS.windows):
+    results = {
+        "dataset": "influence balancing",
+        "seed": FLAGS.seed,
+        "exact_sensitivity": exact,
+        "optimum": OPTIMUM,
+    }
+    rows = directory.results.get("windows", [])
+    for window in map(int, FLAGS.windows[len(rows) :]):
         path = follow(build_model(window), FLAGS.updates)
         rows.append({"window": window, "sensitivity": sensitivity(window), **path})
+        directory.write_results({**results, "windows": rows})
         print(f"K = {window}: sensitivity {rows[-1]['sensitivity']:+.2f}", flush=True)
     mean, error = draw_artbp(FLAGS.draws, FLAGS.seed)
     keras.utils.set_random_seed(FLAGS.seed)
@@ -194,16 +201,7 @@ def main() -> None:
     path = follow(model, round(FLAGS.updates / CUT_PROBABILITY))
     artbp = {"window": ARTBP_WINDOW, "cut_probability": CUT_PROBABILITY, "draws": FLAGS.draws}
     artbp |= {"sensitivity": mean, "standard_error": error, **path}
-    directory.write_results(
-        {
-            "dataset": "influence balancing",
-            "seed": FLAGS.seed,
-            "exact_sensitivity": exact,
-            "optimum": OPTIMUM,
-            "windows": rows,
-            "artbp": artbp,
-        }
-    )
+    directory.write_results({**results, "windows": rows, "artbp": artbp})
     draw(rows, artbp, exact, directory / "influence.png")
     table = [(f"K = {r['window']}", f"{r['sensitivity']:+.2f}", _end(r)) for r in rows]
     name = f"ARTBP, reach {ARTBP_WINDOW / CUT_PROBABILITY:.0f} in the mean"

@@ -104,7 +104,7 @@ def accuracy_by_position(row: dict[str, Any]) -> np.ndarray:
 
 def main() -> None:
     """Trains all rows on both training sets, and shows them."""
-    directory = runner.RunDirectory("presence", f"{FLAGS.seeds}seeds")
+    directory = runner.RunDirectory("presence", f"{FLAGS.seeds}seeds", free=["jobs"])
     rows = []
     arguments = FLAGS.documents, FLAGS.epochs
     results = {
@@ -115,7 +115,11 @@ def main() -> None:
         "epochs": FLAGS.epochs,
     }
     for setting, row in zip(
-        SETTINGS, settings.run_each(train_and_test, SETTINGS, *arguments), strict=True
+        SETTINGS,
+        settings.run_each(
+            train_and_test, SETTINGS, *arguments, done=directory.results.get("rows", ())
+        ),
+        strict=True,
     ):
         rows.append({"trained_on": setting.data, **row})
         directory.write_results({**results, "rows": rows})

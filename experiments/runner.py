@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import pathlib
 import platform
 import resource
+import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 import experiments
+import keras_tbptt
+from keras_tbptt.backup import BackupError
 
 try:
     import matplotlib
@@ -38,11 +44,20 @@ flags.DEFINE_integer(
     lower_bound=0,
 )  # fmt: skip
 
+flags.DEFINE_boolean(
+    "resume", False, "Go on with the run in --run_dir, or else with the newest of this experiment "
+    "that has the same flags; where there is none, begin."
+)  # fmt: skip
+
+flags.DEFINE_float("backup_seconds", 60.0, "Seconds between two backups of training.", 0)
+
 _PACKAGES = ("keras_tbptt", "keras", "tensorflow", "tensorflow-datasets", "numpy")
 
 
 def run(main: Callable[[], None]) -> None:
     """Runs an experiment's `main`, with errors that a person can act on as one sentence.
+
+    A run that a signal ends says how to go on with it, and exits with the conventional status.
 
     Args:
         main: Called without arguments once the flags are parsed.
@@ -52,12 +67,26 @@ def run(main: Callable[[], None]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"There are flags only. Received: {' '.join(argv[1:])}")
         logging.set_verbosity(logging.WARNING)
+        # By default it would end the process without a word, and leave its children running.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             main()
-        except RunError as error:
+        except (RunError, BackupError, FloatingPointError) as error:
             sys.exit(f"{error}")
+        except KeyboardInterrupt:
+            _say_how_to_go_on()
+            sys.exit(128 + signal.SIGINT)
+        except SystemExit as end:
+            if end.code == 128 + signal.SIGTERM:
+                _say_how_to_go_on()
+            raise
 
     app.run(guarded)
+
+
+def _say_how_to_go_on() -> None:
+    if RunDirectory.current is not None:
+        print(f"\nInterrupted. To go on: {RunDirectory.current.command}", file=sys.stderr)
 
 
 class RunError(Exception):
@@ -70,29 +99,69 @@ class RunDirectory:
     Args:
         experiment: Name of the experiment.
         key: What tells this run from others in a listing, such as `"window30"`.
-        resume: Whether a folder that holds a run already is gone on with.
+        free: Flags that may differ from those of the run that is gone on with.
+
+    Attributes:
+        path: The folder.
+        results: What `results.json` of the run that is gone on with holds so far; else empty.
+        command: Goes on with this run.
 
     Raises:
-        RunError: If the folder cannot be written, or holds a run already and `resume` is False.
+        RunError: If the folder cannot be written, or holds a run already that is not gone on with,
+            or one of other flags.
     """
 
-    def __init__(self, experiment: str, key: str, resume: bool = False):
+    current: RunDirectory | None = None
+
+    def __init__(self, experiment: str, key: str, free: Sequence[str] = ()):
         self.experiment = experiment
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        given = flags.FLAGS.run_dir
-        self.path = pathlib.Path(given or f"runs/{experiment}/{stamp}-{key}")
-        if (self.path / "flags.txt").exists() and not resume:
-            raise RunError(
-                "The run directory holds a run already: name another with --run_dir. "
-                f"Received: --run_dir={self.path}"
-            )
-        check_writable(self.path, "--run_dir")
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.results: dict[str, Any] = {}
+        given, resume = flags.FLAGS.run_dir, flags.FLAGS.resume
         # Not the directory itself: --flagfile begins a new run, in a new directory.
         own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
-        lines = [flag.serialize() for flag in own if flag.value is not None]
-        lines = [line for line in lines if line and not line.startswith("--run_dir=")]
-        write_atomically(self.path / "flags.txt", "\n".join(sorted(lines)) + "\n")
+        own = {f.name: f.serialize() for f in own if f.name not in ("run_dir", "resume")}
+        text = "\n".join(sorted(line for line in own.values() if line)) + "\n"
+        there = pathlib.Path(given) if given else None
+        if resume and not given:
+            runs = pathlib.Path("runs", experiment).glob("*/flags.txt")
+            same = [p.parent for p in runs if p.read_text(encoding="utf-8") == text]
+            there = max(same, default=None)
+        if there is not None and (there / "flags.txt").exists():
+            if not resume:
+                raise RunError(
+                    "The run directory holds a run already: go on with it by --resume, or name "
+                    f"another with --run_dir. Received: --run_dir={there}"
+                )
+            self._check_flags(there, text, free)
+            if (there / "results.json").exists():
+                self.results = json.loads((there / "results.json").read_text(encoding="utf-8"))
+        elif resume:
+            print(f"There is no run to go on with in {there or f'runs/{experiment}'}: it begins.")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        self.path = there or pathlib.Path(f"runs/{experiment}/{stamp}-{key}")
+        check_writable(self.path, "--run_dir")
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "flags.txt", text)
+        self.command = shlex.join(
+            [
+                *("python", "-m", f"experiments.{experiment}"),
+                *(f"--flagfile={self.path / 'flags.txt'}", f"--run_dir={self.path}", "--resume"),
+            ]
+        )
+        RunDirectory.current = self
+
+    def _check_flags(self, there: pathlib.Path, text: str, free: Sequence[str]) -> None:
+        old, new = (
+            {line for line in lines.splitlines() if line.split("=")[0].lstrip("-") not in free}
+            for lines in ((there / "flags.txt").read_text(encoding="utf-8"), text)
+        )
+        if old != new:
+            raise RunError(
+                "The run that is gone on with has other flags: give it the same, with "
+                f"--flagfile={there / 'flags.txt'}, or name another --run_dir. Received: "
+                f"{' '.join(sorted(new - old)) or 'none'} where the run has "
+                f"{' '.join(sorted(old - new)) or 'none'}"
+            )
 
     def __truediv__(self, name: str) -> pathlib.Path:
         """The path of a file in the folder."""
@@ -115,34 +184,37 @@ class RunDirectory:
 
 
 class Epochs(keras.callbacks.Callback):
-    """Records each epoch for `results.json`, and times the training alone.
+    """Records each epoch for `results.json` and `log.csv`, and times the training alone.
 
     Args:
         steps_per_epoch: int, real steps (tokens) of the training windows of an epoch.
+        log: The CSV file.
 
     Attributes:
         records: A dict per epoch: `epoch` (from 1), `train_loss`, `train_accuracy`,
             `valid_loss`, `valid_accuracy`, `train_seconds` (spent in training steps and their
             input, without validation), `tokens_per_second` (real steps a second).
+        seconds: Of the epoch that runs.
     """
 
-    def __init__(self, steps_per_epoch: int):
+    def __init__(self, steps_per_epoch: int, log: pathlib.Path):
         super().__init__()
         self.steps_per_epoch = steps_per_epoch
+        self.log = log
         self.records: list[dict[str, Any]] = []
+        self.seconds = 0.0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Starts the clock."""
-        self._began = time.perf_counter()
-        self._seconds = None
+        self._now, self.seconds = time.perf_counter(), 0.0
 
-    def on_test_begin(self, logs: Any = None) -> None:
-        """Stops the clock: what follows is validation."""
-        self._seconds = time.perf_counter() - self._began
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Reads the clock."""
+        before, self._now = self._now, time.perf_counter()
+        self.seconds += self._now - before
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Adds the epoch's record."""
-        seconds = self._seconds or time.perf_counter() - self._began
         self.records.append(
             {
                 "epoch": epoch + 1,
@@ -150,36 +222,45 @@ class Epochs(keras.callbacks.Callback):
                 "train_accuracy": logs["accuracy"],
                 "valid_loss": logs["val_loss"],
                 "valid_accuracy": logs["val_accuracy"],
-                "train_seconds": round(seconds, 2),
-                "tokens_per_second": round(self.steps_per_epoch / seconds),
+                "train_seconds": round(self.seconds, 2),
+                "tokens_per_second": round(self.steps_per_epoch / self.seconds),
             }
         )
+        lines = io.StringIO()
+        writer = csv.DictWriter(lines, self.records[0])
+        writer.writeheader()
+        writer.writerows(self.records)
+        write_atomically(self.log, lines.getvalue())
 
 
-def keras_callbacks(directory: RunDirectory) -> list[keras.callbacks.Callback]:
-    """Keras's own callbacks for a run: `log.csv`, the best weights, TensorBoard if installed.
+def keras_callbacks(
+    directory: RunDirectory, windows: keras_tbptt.DocumentWindows, epochs: Epochs
+) -> list[keras.callbacks.Callback]:
+    """The callbacks of a run: records, the best weights, TensorBoard if installed, a backup.
 
     Args:
         directory: The run's folder.
+        windows: What is trained on.
+        epochs: The run's records.
 
     Returns:
-        The callbacks; `checkpoints/best.weights.h5` holds the weights of the epoch with the
-        highest `val_accuracy`.
+        The callbacks; training ends with the weights of the epoch that had the highest
+        `val_accuracy`, and `backup/` is what `--resume` goes on with.
     """
-    (directory / "checkpoints").mkdir(exist_ok=True)
-    callbacks = [
-        keras.callbacks.CSVLogger(str(directory / "log.csv")),
-        keras.callbacks.ModelCheckpoint(
-            str(directory / "checkpoints" / "best.weights.h5"),
-            monitor="val_accuracy",
-            mode="max",
-            save_best_only=True,
-            save_weights_only=True,
-        ),
-    ]
+    # Not ModelCheckpoint: its HDF5 file is overwritten in place, and a full disk ends the process.
+    best = keras.callbacks.EarlyStopping(
+        "val_accuracy", mode="max", patience=sys.maxsize, restore_best_weights=True
+    )
+    callbacks = [epochs, best]
     if importlib.util.find_spec("tensorboard"):
         callbacks.append(keras.callbacks.TensorBoard(str(directory / "tensorboard")))
-    return callbacks
+    backup = keras_tbptt.ExactBackup(
+        directory / "backup",
+        windows,
+        every_seconds=flags.FLAGS.backup_seconds,
+        callbacks=[epochs, best],
+    )
+    return [*callbacks, backup]
 
 
 def check_writable(path: pathlib.Path, flag: str) -> None:

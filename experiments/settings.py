@@ -113,7 +113,10 @@ def train(
 
 
 def run_each(
-    work: Callable[..., dict[str, Any]], settings: Sequence[Setting], *arguments: Any
+    work: Callable[..., dict[str, Any]],
+    settings: Sequence[Setting],
+    *arguments: Any,
+    done: Sequence[dict[str, Any]] = (),
 ) -> Iterator[dict[str, Any]]:
     """Runs `work(setting, seeds, *arguments)` for each setting, with a bar.
 
@@ -123,6 +126,7 @@ def run_each(
         work: A function of a module, which returns figures.
         settings: What to run.
         *arguments: Further arguments of `work`, which can be pickled.
+        done: What an earlier run yielded, for the first settings.
 
     Yields:
         For each setting in turn its figures, with `setting` and `peak_rss_mb` added.
@@ -136,8 +140,11 @@ def run_each(
     ):
         task = bar.add_task("rows", total=len(settings))
         seeds = range(flags.FLAGS.seeds)
-        futures = [pool.submit(_alone, work, setting, seeds, *arguments) for setting in settings]
-        for setting, future in zip(settings, futures, strict=True):
+        yield from done
+        bar.advance(task, len(done))
+        left = settings[len(done) :]
+        futures = [pool.submit(_alone, work, setting, seeds, *arguments) for setting in left]
+        for setting, future in zip(left, futures, strict=True):
             bar.update(task, description=setting.name)
             yield {"setting": setting.name, **future.result()}
             bar.advance(task)

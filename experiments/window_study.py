@@ -2,9 +2,9 @@
 
     python -m experiments.window_study --run_dir runs/window_study/mine
 
-Each cell of the grid is one run of `experiments.imdb` in a process of its own. The study keeps what
-is done: the same command with the same --run_dir goes on where it stopped, so a long grid can be
-run in pieces, and widened later.
+Each cell of the grid is one run of `experiments.imdb` in a process of its own. With --resume the
+same command goes on where it stopped, in the middle of a cell too, so a long grid can be run in
+pieces, and widened later.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -104,12 +103,15 @@ def cells() -> Iterator[Cell]:
             yield Cell(*cell, seed=int(seed))
 
 
-def run_cell(cell: Cell, directory: runner.RunDirectory) -> dict[str, Any]:
+def run_cell(
+    cell: Cell, directory: runner.RunDirectory, running: list[subprocess.Popen]
+) -> dict[str, Any]:
     """Runs `experiments.imdb` for a cell, unless that was done before.
 
     Args:
         cell: What to run.
         directory: The study's folder.
+        running: Where its process is noted.
 
     Returns:
         The cell's figures.
@@ -119,22 +121,21 @@ def run_cell(cell: Cell, directory: runner.RunDirectory) -> dict[str, Any]:
     """
     folder = directory / "cells" / cell.key
     if not (folder / "results.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         folder.parent.mkdir(exist_ok=True)
         log = folder.with_suffix(".log")
         shared = {"epochs": FLAGS.epochs, "limit": FLAGS.limit, "data": FLAGS.data}
         shared |= {"data_dir": FLAGS.data_dir, "run_dir": folder, "export_dir": ""}
         given = [f"--{name}={value}" for name, value in shared.items() if value is not None]
-        command = [sys.executable, "-m", "experiments.imdb", *cell.arguments, *given]
+        command = [sys.executable, "-m", "experiments.imdb", "--resume", *cell.arguments, *given]
         with log.open("w") as output:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "TF_NUM_INTRAOP_THREADS": str(_cores())},
-                check=False,
             )
-        if done.returncode:
+            running.append(process)
+        if process.wait():
             last = log.read_text(errors="replace").strip().splitlines()[-1:]
             raise runner.RunError(f"The cell {cell.key} failed; see {log}. Received: {last}")
     results = json.loads((folder / "results.json").read_text())
@@ -157,7 +158,9 @@ def _cores() -> int:
 def main() -> None:
     """Runs what is missing of the grid, and shows the whole."""
     todo = list(cells())
-    directory = runner.RunDirectory("window_study", f"{len(todo)}cells", resume=True)
+    directory = runner.RunDirectory(
+        "window_study", f"{len(todo)}cells", free=["windows", "window_losses", "cells", "jobs"]
+    )
     rows = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with (
@@ -165,7 +168,8 @@ def main() -> None:
         Progress(*columns, TimeRemainingColumn()) as bar,
     ):
         task = bar.add_task("cells", total=len(todo))
-        futures = [pool.submit(run_cell, cell, directory) for cell in todo]
+        running: list[subprocess.Popen] = []
+        futures = [pool.submit(run_cell, cell, directory, running) for cell in todo]
         try:
             for cell, future in zip(todo, futures, strict=True):
                 rows.append(future.result())
@@ -175,6 +179,8 @@ def main() -> None:
                 bar.advance(task)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()  # each saves, so that it can be gone on with
             raise
     draw(rows, directory / "window_study.png")
     print_closing_table(rows)

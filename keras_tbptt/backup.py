@@ -28,6 +28,10 @@ _SHARE = 0.03
 _PACKAGES = ("keras_tbptt", "keras", "tensorflow", "numpy")
 
 
+class BackupError(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
 class ExactBackup(keras.callbacks.Callback):
     """Backs training up, and goes on after an interruption to the bit.
 
@@ -67,7 +71,7 @@ class ExactBackup(keras.callbacks.Callback):
     Raises:
         ValueError: When training begins, if a checkpoint belongs to another training, all
             are damaged, or it cannot be exact (a model without stateful layers).
-        OSError: If a checkpoint cannot be written when training begins or ends.
+        BackupError: If a checkpoint cannot be written when training begins or ends.
         FloatingPointError: If the loss or a weight is not finite.
 
     Example:
@@ -303,7 +307,7 @@ class ExactBackup(keras.callbacks.Callback):
         if by_time or by_windows:
             try:
                 self._save()
-            except OSError as error:
+            except BackupError as error:
                 warnings.warn(f"{error} Training goes on, and tries again.", stacklevel=2)
 
     def _save(self) -> None:
@@ -326,7 +330,7 @@ class ExactBackup(keras.callbacks.Callback):
         try:
             self.directory.write(name, variables, about, arrays)
         except OSError as error:
-            raise OSError(
+            raise BackupError(
                 "The checkpoint could not be saved; those before it are as they were. Free some "
                 f"space, or name another backup_dir. Received: {self.directory.path} ({error})"
             ) from error

@@ -45,7 +45,8 @@ def test_a_run_leaves_behind_what_it_promises(tmp_path):
     assert results["export_path"] == f"{tmp_path}/model/1"
     assert pathlib.Path(results["export_path"], "saved_model.pb").exists()
     left = {p.name for p in (tmp_path / "run").iterdir()}
-    assert left >= {"flags.txt", "log.csv", "learning_curve.png", "results.json", "checkpoints"}
+    files = {"flags.txt", "log.csv", "learning_curve.png", "results.json", "best.weights.h5"}
+    assert left >= {*files, "backup"}
     assert re.search(r"What a film! .*0\.\d{4}", done.stdout)
     assert "imdb_reviews" in done.stdout and "test accuracy" in done.stdout
     assert f"{results['test_accuracy']:.4f}" in done.stdout
