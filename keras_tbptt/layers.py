@@ -10,6 +10,9 @@ from keras_tbptt.pooling import ConcatPooling
 
 __all__ = ["LSTM", "ConcatPooling"]
 
+# Steps in one iteration of the loop; as a whole that is so much graph to build and to optimise.
+_UNROLLED = 32
+
 # Below this many lanes a matrix product is too thin to be worth a thread of its own.
 _LANES_PER_GROUP = 16
 
@@ -21,9 +24,10 @@ class LSTM(keras.layers.LSTM):
     A drop-in for `keras.layers.LSTM`: the same arguments, weights, states and masks, and the same
     results to float32 rounding. On a CPU it replaces Keras's loop with one that
 
-    - runs one matrix product a step, over the input, the bias and the recurrent part together;
+    - takes the input product of all steps at once;
     - has its backward pass written by hand, in which the gradients of the weights and of the
       inputs are one matrix product each over all steps;
+    - has tens of steps in one iteration, since TensorFlow's loop costs as much as a step does;
     - splits a batch of known size into groups of lanes that run side by side on the cores, since
       products this small do not scale over threads.
 
@@ -87,8 +91,17 @@ class LSTM(keras.layers.LSTM):
             sequences = tf.reverse(sequences, [1])
             mask = None if mask is None else tf.reverse(mask, [1])
 
+        kernel, recurrent = self.cell.kernel, self.cell.recurrent_kernel
+        bias = self.cell.bias if self.use_bias else tf.zeros([4 * self.units], sequences.dtype)
         outputs, h, c = _lstm_in_groups(
-            sequences, *initial_state, mask, self._weights(), self.return_sequences
+            sequences,
+            *initial_state,
+            mask,
+            [
+                tf.convert_to_tensor(keras.ops.convert_to_tensor(w))
+                for w in (kernel, recurrent, bias)
+            ],
+            self.return_sequences,
         )
         if mask is not None:
             # The state carried in shows in no output: before a lane's first step Keras gives zeros.
@@ -112,16 +125,6 @@ class LSTM(keras.layers.LSTM):
             and not tf.config.list_logical_devices("GPU")
         )
 
-    def _weights(self) -> tf.Tensor:
-        """Kernel, bias and recurrent kernel in one matrix `(features + 1 + units, 4 * units)`."""
-        kernel = keras.ops.convert_to_tensor(self.cell.kernel)
-        recurrent = keras.ops.convert_to_tensor(self.cell.recurrent_kernel)
-        if self.use_bias:
-            bias = keras.ops.convert_to_tensor(self.cell.bias)[None]
-        else:
-            bias = tf.zeros_like(kernel[:1])
-        return tf.concat([kernel, bias, recurrent], 0)
-
 
 def _cumulative_any(mask: tf.Tensor) -> tf.Tensor:
     """Whether any step so far was unmasked, `(batch, timesteps)`."""
@@ -133,7 +136,7 @@ def _lstm_in_groups(
     h: tf.Tensor,
     c: tf.Tensor,
     mask: tf.Tensor | None,
-    weights: tf.Tensor,
+    weights: list[tf.Tensor],
     sequences: bool,
 ) -> tuple[tf.Tensor | None, tf.Tensor, tf.Tensor]:
     """`_lstm` over groups of lanes, which TensorFlow runs side by side."""
@@ -155,7 +158,7 @@ def _lstm(
     h: tf.Tensor,
     c: tf.Tensor,
     mask: tf.Tensor | None,
-    weights: tf.Tensor,
+    weights: list[tf.Tensor],
     sequences: bool,
 ) -> tuple[tf.Tensor | None, tf.Tensor, tf.Tensor]:
     """An LSTM over all steps, with its own backward pass.
@@ -165,8 +168,8 @@ def _lstm(
         h: Output state `(batch, units)`.
         c: Cell state `(batch, units)`.
         mask: Boolean `(batch, timesteps)`, or `None`.
-        weights: Kernel, bias and recurrent kernel, `(features + 1 + units, 4 * units)`, with
-            Keras's order of gates: input, forget, candidate, output.
+        weights: Kernel `(features, 4 * units)`, recurrent kernel `(units, 4 * units)` and bias
+            `(4 * units,)`, with Keras's order of gates: input, forget, candidate, output.
         sequences: Whether to give the output of every step.
 
     Returns:
@@ -175,23 +178,20 @@ def _lstm(
     steps = x.shape[1] if x.shape[1] is not None else tf.shape(x)[1]
     lanes, _, features = x.shape
     units = h.shape[-1]
-    masks = None if mask is None else _by_step(mask)
-
-    def array(width: int) -> tf.TensorArray:
-        return _array(x.dtype, steps, tf.TensorShape([lanes, width]))
-
-    def loop(body: Any, *state: Any) -> tuple:
-        return tf.while_loop(
-            lambda step, *_: step < steps, body, (0, *state), maximum_iterations=steps
-        )[1:]
+    loop = _Loop(steps)
+    masks = None if mask is None else loop.unstack(_swap(mask))
 
     @tf.custom_gradient
-    def run(x: tf.Tensor, h: tf.Tensor, c: tf.Tensor, weights: tf.Tensor) -> tuple:
-        inputs, ones = _by_step(x), tf.ones_like(h[:, :1])
+    def run(x: tf.Tensor, h: tf.Tensor, c: tf.Tensor, *weights: tf.Tensor) -> tuple:
+        kernel, recurrent, bias = weights
+        inputs = tf.reshape(_swap(x), [-1, features])
+        products = tf.nn.bias_add(tf.matmul(inputs, kernel), bias)
+        products = loop.unstack(_in_steps(products, steps, lanes))
+        first_h = h
 
-        def forward(t: tf.Tensor, h: tf.Tensor, c: tf.Tensor, *saved: tf.TensorArray) -> tuple:
-            row = tf.concat([inputs.read(t), ones, h], 1)
-            i, f, g, o = tf.split(tf.matmul(row, weights), 4, axis=1)
+        def forward(t: Any, h: tf.Tensor, c: tf.Tensor, *saved: Any) -> tuple:
+            gates = products.read(t) + tf.matmul(h, recurrent)
+            i, f, g, o = tf.split(gates, 4, axis=1)
             i, f, g, o = tf.sigmoid(i), tf.sigmoid(f), tf.tanh(g), tf.sigmoid(o)
             next_c = f * c + i * g
             tanh_c = tf.tanh(next_c)
@@ -199,23 +199,21 @@ def _lstm(
             if masks is not None:
                 next_h = _select(masks.read(t), next_h, h)
                 next_c = _select(masks.read(t), next_c, c)
-            values = (row, i, f, g, o, c, tanh_c) + ((next_h,) if sequences else ())
-            return t + 1, next_h, next_c, *_write(saved, t, values)
+            values = (i, f, g, o, c, tanh_c, next_h)
+            return next_h, next_c, *(s.write(t, v) for s, v in zip(saved, values, strict=True))
 
-        arrays = [array(features + 1 + units)] + [array(units) for _ in range(6 + sequences)]
-        last_h, last_c, rows, *saved = loop(forward, h, c, *arrays)
-        outputs = [_to_batch_major(saved.pop().stack())] if sequences else []
+        arrays = [loop.array(x.dtype, [lanes, units]) for _ in range(7)]
+        last_h, last_c, *saved, all_h = loop.run(forward, range, h, c, *arrays)
+        all_h = all_h.stack()
+        outputs = [_swap(all_h)] if sequences else []
 
         def gradient(*upstream: tf.Tensor) -> list[tf.Tensor]:
             *doutputs, dh, dc = upstream
-            doutputs = [_by_step(d) for d in doutputs]
+            doutputs = [loop.unstack(_swap(d)) for d in doutputs]
             # Transposed once: a product that transposes as it goes takes twice as long.
-            recurrent = tf.transpose(weights[features + 1 :])
+            transposed = tf.transpose(recurrent)
 
-            def backward(
-                step: tf.Tensor, dh: tf.Tensor, dc: tf.Tensor, dgates: tf.TensorArray
-            ) -> tuple:
-                t = steps - 1 - step
+            def backward(t: Any, dh: tf.Tensor, dc: tf.Tensor, dgates: Any) -> tuple:
                 i, f, g, o, c, tanh_c = (s.read(t) for s in saved)
                 for doutput in doutputs:
                     dh += doutput.read(t)
@@ -231,45 +229,107 @@ def _lstm(
                 )
                 previous_dc = through_c * f
                 if masks is None:
-                    previous_dh = tf.matmul(dgate, recurrent)
+                    previous_dh = tf.matmul(dgate, transposed)
                 else:
                     kept = masks.read(t)
                     dgate = _select(kept, dgate, tf.zeros_like(dgate))
                     previous_dc = _select(kept, previous_dc, dc)
                     skipped = _select(kept, tf.zeros_like(dh), dh)
-                    previous_dh = tf.matmul(dgate, recurrent) + skipped
-                return step + 1, previous_dh, previous_dc, dgates.write(t, dgate)
+                    previous_dh = tf.matmul(dgate, transposed) + skipped
+                return previous_dh, previous_dc, dgates.write(t, dgate)
 
-            dh, dc, dgates = loop(backward, dh, dc, array(4 * units))
+            dgates = loop.array(x.dtype, [lanes, 4 * units])
+            dh, dc, dgates = loop.run(backward, reversed, dh, dc, dgates)
             dgates = tf.reshape(dgates.stack(), [-1, 4 * units])
-            all_rows = tf.reshape(rows.stack(), [-1, features + 1 + units])
-            dweights = tf.matmul(all_rows, dgates, transpose_a=True)
-            dx = tf.matmul(dgates, weights[:features], transpose_b=True)
-            dx = _to_batch_major(tf.reshape(dx, [steps, -1, features]))
-            return [_first_order_only(d) for d in (dx, dh, dc, dweights)]
+            before = tf.reshape(tf.concat([first_h[None], all_h[:-1]], 0), [-1, units])
+            dkernel = tf.matmul(inputs, dgates, transpose_a=True)
+            drecurrent = tf.matmul(before, dgates, transpose_a=True)
+            dbias = tf.raw_ops.BiasAddGrad(out_backprop=dgates)
+            dx = tf.matmul(dgates, kernel, transpose_b=True)
+            dx = _swap(_in_steps(dx, steps, lanes))
+            return [_first_order_only(d) for d in (dx, dh, dc, dkernel, drecurrent, dbias)]
 
         return (*outputs, last_h, last_c), gradient
 
-    *outputs, last_h, last_c = run(x, h, c, weights)
+    *outputs, last_h, last_c = run(x, h, c, *weights)
     return outputs[0] if outputs else None, last_h, last_c
 
 
-def _array(dtype: tf.DType, size: int | tf.Tensor, shape: tf.TensorShape) -> tf.TensorArray:
-    return tf.TensorArray(dtype, size, element_shape=shape, clear_after_read=False)
+class _Loop:
+    """Goes through steps, tens of them in one iteration; through few without any loop."""
+
+    def __init__(self, steps: int | tf.Tensor):
+        self._steps = steps
+        self._whole = isinstance(steps, int) and steps <= _UNROLLED
+        self._chunk = _UNROLLED if isinstance(steps, int) else 1
+
+    def array(self, dtype: tf.DType, shape: list[int | None]) -> Any:
+        """A place for one tensor a step."""
+        if self._whole:
+            return _Known([None] * self._steps)
+        return tf.TensorArray(dtype, self._steps, element_shape=shape, clear_after_read=False)
+
+    def unstack(self, values: tf.Tensor) -> Any:
+        """The steps of a time-major tensor."""
+        if self._whole:
+            return _Known(tf.unstack(values, self._steps))
+        return self.array(values.dtype, values.shape[1:]).unstack(values)
+
+    def run(self, body: Any, order: Any, *state: Any) -> tuple:
+        """Calls `body(t, *state)` for every step, in the `order` of `range` or `reversed`."""
+        backwards = order is reversed
+        if self._whole:
+            for t in range(self._steps)[:: -1 if backwards else 1]:
+                state = body(t, *state)
+            return state
+        chunks = self._steps // self._chunk
+
+        def chunk(index: tf.Tensor, *state: Any) -> tuple:
+            begin = (chunks - 1 - index if backwards else index) * self._chunk
+            for t in range(self._chunk)[:: -1 if backwards else 1]:
+                state = body(begin + t, *state)
+            return index + 1, *state
+
+        def rest(state: tuple) -> tuple:
+            if isinstance(self._steps, int):
+                for t in range(chunks * self._chunk, self._steps)[:: -1 if backwards else 1]:
+                    state = body(t, *state)
+            return state
+
+        if backwards:
+            state = rest(state)
+        state = tf.while_loop(
+            lambda index, *_: index < chunks, chunk, (0, *state), maximum_iterations=chunks
+        )[1:]
+        return state if backwards else rest(state)
 
 
-def _by_step(x: tf.Tensor) -> tf.TensorArray:
-    """The steps of a batch-major tensor, read without a copy."""
-    x = _to_batch_major(x)
-    return _array(x.dtype, tf.shape(x)[0], x.shape[1:]).unstack(x)
+class _Known:
+    """A `tf.TensorArray` for steps that are known while the graph is built."""
+
+    def __init__(self, values: list[tf.Tensor | None]):
+        self._values = values
+
+    def read(self, t: int) -> tf.Tensor:
+        return self._values[t]
+
+    def write(self, t: int, value: tf.Tensor) -> "_Known":
+        self._values[t] = value
+        return self
+
+    def stack(self) -> tf.Tensor:
+        return tf.stack(self._values)
 
 
-def _write(arrays: tuple, t: tf.Tensor, values: tuple) -> list[tf.TensorArray]:
-    return [array.write(t, value) for array, value in zip(arrays, values, strict=True)]
+def _in_steps(rows: tf.Tensor, steps: int | tf.Tensor, lanes: int | None) -> tf.Tensor:
+    """`[timesteps * batch, width]` as `[timesteps, batch, width]`."""
+    known = [size if isinstance(size, int) else -1 for size in (steps, lanes)]
+    shape = [steps, -1] if known == [-1, -1] else known
+    return tf.reshape(rows, [*shape, rows.shape[-1]])
 
 
-def _to_batch_major(x: tf.Tensor) -> tf.Tensor:
-    """Swaps the two leading axes; its own inverse."""
+def _swap(x: tf.Tensor) -> tf.Tensor:
+    """Batch-major as time-major, and back."""
     return tf.transpose(x, [1, 0, *range(2, len(x.shape))])
 
 
