@@ -153,7 +153,7 @@ def draw(path: pathlib.Path, points: list[dict[str, float]]) -> None:
                     style,
                     color=f"C{colour}",
                     marker=".",
-                    label=f"{documents} documents" if way == "export" else None,
+                    label=f"batch of {documents}" if way == "export" else None,
                 )
         for way, style in STYLES.items():
             axes.plot([], [], style, color="grey", label=way)
