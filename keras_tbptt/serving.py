@@ -173,12 +173,10 @@ def document_reader(model: keras.Model) -> Callable[..., tuple[Any, list[tf.Tens
     step_shape = model.inputs[0].shape[2:]
 
     def read(steps: tf.Tensor, lengths: tf.Tensor, outputs: Any = None, states: Any = None) -> Any:
-        batch, time = tf.shape(steps)[0], tf.shape(steps)[1]
+        batch = tf.shape(steps)[0]
         steps = tf.cast(steps, model.inputs[0].dtype)
         lengths = tf.cast(lengths, "int32")
-        windows = -(-time // window)
-        padding = [[0, 0], [0, windows * window - time]] + [[0, 0]] * len(step_shape)
-        steps = tf.pad(steps, padding)
+        longest = tf.reduce_max(lengths)
         symbolic = keras.tree.map_structure(lambda t: _one_step(t, model), model.output)
         if outputs is None:
             outputs = keras.tree.map_structure(
@@ -187,28 +185,33 @@ def document_reader(model: keras.Model) -> Callable[..., tuple[Any, list[tf.Tens
         if states is None:
             states = initial_states(model, batch)
 
-        def body(index, outputs, states):
-            part = steps[:, index * window : (index + 1) * window]
+        def body(start, outputs, states):
+            # Documents that have ended are left out: they cost nothing, and cuDNN refuses fully
+            # masked rows.
+            rows = tf.where(lengths > start)
+            part = tf.gather_nd(steps[:, start : start + window], rows)
+            missing = window - tf.shape(part)[1]
+            part = tf.pad(part, [[0, 0], [0, missing], *[[0, 0]] * len(step_shape)])
             part = tf.ensure_shape(part, [None, window, *step_shape])
-            left = lengths - index * window
-            # A document that has ended reads one step more, of which nothing is kept: cuDNN
-            # refuses fully masked rows.
-            real = tf.clip_by_value(left, 1, window)
+            real = tf.minimum(tf.gather_nd(lengths, rows) - start, window)
             mask = tf.sequence_mask(real, window)
-            part = tf.where(_like(mask & (left < 1)[:, None], part), tf.ones_like(part), part)
-            new_outputs, new_states = call(part, states, mask=mask)
+            # An embedding makes its own mask, from zeros, whatever the request is padded with.
+            part = tf.where(_like(mask, part), part, tf.zeros_like(part))
+            new_outputs, new_states = call(
+                part, [tf.gather_nd(state, rows) for state in states], mask=mask
+            )
             new_outputs = keras.tree.map_structure(
                 lambda tensor, one: _last_step(tensor, one, real), new_outputs, symbolic
             )
-            keep = lambda new, old: tf.where(_like(left > 0, new), new, old)  # noqa: E731
+            put = lambda old, new: tf.tensor_scatter_nd_update(old, rows, new)  # noqa: E731
             return (
-                index + 1,
-                keras.tree.map_structure(keep, new_outputs, outputs),
-                [keep(new, old) for new, old in zip(new_states, states, strict=True)],
+                start + window,
+                keras.tree.map_structure(put, outputs, new_outputs),
+                [put(old, new) for old, new in zip(states, new_states, strict=True)],
             )
 
         return tf.while_loop(
-            lambda index, *_: index < windows,
+            lambda start, *_: start < longest,
             body,
             (0, outputs, states),
             shape_invariants=(

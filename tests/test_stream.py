@@ -92,6 +92,16 @@ def test_a_piece_without_a_word_changes_nothing(served):
         np.testing.assert_array_equal(value, again[name])
 
 
+def test_what_a_request_is_padded_with_does_not_matter(served):
+    model, serve = served
+    documents = random_documents()
+    ids, lengths = padded(documents)
+    ids = tf.where(tf.sequence_mask(lengths), ids, VOCAB - 1)
+    ids = tf.pad(ids, [[0, 0], [0, 20]], constant_values=VOCAB - 1)
+    answers = serve["tokens"](ids, lengths)["probability"]
+    np.testing.assert_allclose(answers, model.predict_documents(documents), atol=1e-5)
+
+
 def test_the_same_request_gives_the_same_bytes(served):
     _, serve = served
     answers = [serve["serving_default"](tf.constant(TEXTS))["probability"].numpy() for _ in "12"]
