@@ -135,11 +135,11 @@ class Session:
         self._predict = predict
         self.state: np.ndarray | None = None
 
-    def send(self, text: str) -> dict[str, np.ndarray]:
+    def send(self, text: str | bytes) -> dict[str, np.ndarray]:
         """Reads the next piece of the text.
 
         Args:
-            text: Words; a piece ends between words.
+            text: Words, in UTF-8 if they are bytes; a piece ends between words.
 
         Returns:
             The outputs after it, each `[...]` without a batch axis.
