@@ -354,21 +354,6 @@ def test_targets_per_step_give_the_gradients_of_plain_keras():
         np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_a_saved_model_comes_back(tmp_path):
-    model = compiled(token_model(window_loss="final_only"), "adam", steps_per_execution=2)
-    model.fit(windows_for(model), verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert isinstance(loaded, TBPTTModel) and loaded.window_loss == "final_only"
-    assert loaded.evaluate(windows_for(model), verbose=0) == model.evaluate(
-        windows_for(model), verbose=0
-    )
-    for m in (model, loaded):
-        set_states(m, [np.zeros_like(s) for s in get_states(m)])
-        m.fit(windows_for(model), verbose=0)
-    np.testing.assert_array_equal(weights_of(loaded), weights_of(model))
-
-
 def unmasked():
     tokens = keras.Input(batch_shape=(4, 5), dtype="int32")
     return TBPTTModel(tokens, L.LSTM(5, stateful=True)(L.Embedding(VOCAB, 6)(tokens)))
