@@ -1,4 +1,6 @@
+import gc
 import itertools
+import weakref
 
 import keras
 import numpy as np
@@ -324,6 +326,18 @@ def test_windows_cannot_be_shuffled():
     windows = DocumentWindows([[1, 2], [3]], [0, 1], window=2, lanes=2)
     with pytest.raises(ValueError, match="Shuffle documents instead"):
         windows.dataset().shuffle(10)
+
+
+@pytest.mark.parametrize("flags", [False, True])
+def test_a_dataset_keeps_its_documents_and_lets_go_of_them(flags):
+    windows = DocumentWindows([[1, 2, 3]], [0], window=2, lanes=1)
+    dataset, there = windows.dataset(flags=flags).take(2), weakref.ref(windows)
+    del windows
+    gc.collect()
+    assert len(list(dataset)) == 2 and there() is not None
+    del dataset
+    gc.collect()
+    assert there() is None
 
 
 def test_whole_documents_end_together():
