@@ -54,8 +54,8 @@ def export_saved_model(
     The version directory appears whole or not at all: it is written beside its place and renamed.
 
     Args:
-        model: A functional model with stateful layers and one input of a fixed window, such as
-            a `TBPTTModel`.
+        model: A functional or `Sequential` model with stateful layers and one input of a fixed
+            window, such as a `TBPTTModel`.
         path: The model's directory, which TF Serving mounts as `/models/<name>`.
         vectorizer: Turns texts into the ids that the model was trained on
             (`keras_tbptt.text.make_vectorizer`); None for a model that does not read text.
@@ -82,6 +82,8 @@ def export_saved_model(
     if keep is not None and keep < 1:
         raise ValueError(f"`keep` must be at least 1, or None for all. Received: keep={keep}")
     path = pathlib.Path(path)
+    if isinstance(model, keras.Sequential):  # which has no symbolic `output`
+        model = keras.Model(model.inputs, model.outputs[0])
     served = tf.Module()
     served.weights = [weight.value for weight in model.weights]
     served.vectorizer = vectorizer

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import keras
@@ -118,6 +119,7 @@ class TBPTTModel(keras.Model):
         self.cut_probability = cut_probability
         self.burn_in = burn_in
         self._history: WindowHistory | None = None
+        self._saves_states = False
         if backprop_windows == "artbp":
             self._cuts = keras.random.SeedGenerator()
         self.supports_masking = True
@@ -497,6 +499,69 @@ class TBPTTModel(keras.Model):
         """
         return None
 
+    def save(
+        self,
+        filepath: str | os.PathLike,
+        overwrite: bool = True,
+        zipped: bool | None = None,
+        include_states: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Saves the model as a `.keras` file, as `keras.Model.save` does.
+
+        Args:
+            filepath: As in `keras.Model.save`.
+            overwrite: As in `keras.Model.save`.
+            zipped: As in `keras.Model.save`.
+            include_states: Whether the file carries, beside weights and optimizer, what Keras
+                leaves out: the recurrent state of every lane, and the state of the random
+                generators of dropout and of `"artbp"`. `keras.saving.load_model` brings back what
+                the file has.
+            **kwargs: Further arguments of `keras.Model.save`.
+        """
+        self._saves_states = include_states
+        try:
+            super().save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
+        finally:
+            self._saves_states = False
+
+    def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
+        """Saves what belongs to the model and to none of its layers, for Keras.
+
+        Args:
+            store: Where to.
+        """
+        super().save_own_variables(store)
+        if self._saves_states:
+            for name, variable in self._carried().items():
+                store[name] = variable
+
+    def load_own_variables(self, store: Mapping[str, Any]) -> None:
+        """Loads what `save_own_variables` saved, for Keras.
+
+        Args:
+            store: Where from.
+
+        Raises:
+            ValueError: If it holds the states of a model of other lanes or layers.
+        """
+        saved = {name: np.asarray(store[name]) for name in store.keys()}
+        states = {name: saved.pop(name) for name in list(saved) if not name.isdigit()}
+        super().load_own_variables(saved)
+        if not states:
+            return
+        carried = self._carried()
+        expected = {name: tuple(variable.shape) for name, variable in carried.items()}
+        received = {name: value.shape for name, value in states.items()}
+        if expected != received:
+            raise ValueError(
+                f"The states in the file are those of a model of other lanes or layers: this one "
+                f"has {expected}. Load a file that was saved without include_states=True. "
+                f"Received: {received}"
+            )
+        for name, variable in carried.items():
+            variable.assign(states[name])
+
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles a loaded model as it was when it was saved.
 
@@ -515,6 +580,11 @@ class TBPTTModel(keras.Model):
             "cut_probability": self.cut_probability,
             "burn_in": self.burn_in,
         }
+
+    def _carried(self) -> dict[str, keras.Variable]:
+        """What `save` includes on request, by the names in the file."""
+        kinds = {"state": state_variables(self), "seed": seed_variables(self)}
+        return {f"{kind}_{i}": v for kind, found in kinds.items() for i, v in enumerate(found)}
 
     def _read(self, x: Mapping[str, tf.Tensor], training: bool) -> Any:
         y_pred = self(x["inputs"], training=training, mask=self._mask(x))

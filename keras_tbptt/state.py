@@ -112,6 +112,9 @@ def initial_states(model: keras.Model, lanes: int | tf.Tensor | None = None) -> 
 def get_states(model: keras.Model) -> list[np.ndarray]:
     """The state of every lane, as arrays that `set_states` takes.
 
+    Keras saves no state: keep these beside a stock model's file, with `np.savez(path, *states)`. A
+    `TBPTTModel` takes them into its own, with `save(path, include_states=True)`.
+
     Args:
         model: A built `keras.Model`.
 

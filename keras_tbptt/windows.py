@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -232,9 +233,12 @@ class DocumentWindows:
         check_window_loss(window_loss)
         structure = self._batch(self.plan, 0)
         flat = tf.nest.flatten(structure)
+        # TensorFlow keeps every function that a graph calls, and all it refers to, for ever.
+        this, count = weakref.ref(self), len(self)
 
         def read(epoch, step):
-            tensors = tf.numpy_function(self._read, [epoch, step], [a.dtype for a in flat])
+            read_now = lambda *place: this()._read(*place)  # noqa: E731
+            tensors = tf.numpy_function(read_now, [epoch, step], [a.dtype for a in flat])
             tensors = [tf.ensure_shape(t, a.shape) for t, a in zip(tensors, flat, strict=True)]
             return tf.nest.pack_sequence_as(structure, tensors)
 
@@ -245,15 +249,16 @@ class DocumentWindows:
             return x["inputs"], y, sample_weight * weights
 
         def coming_epoch(_):
-            epoch = tf.numpy_function(lambda: np.int64(self.epoch), [], tf.int64)
-            return tf.data.Dataset.range(len(self)).map(functools.partial(read, epoch))
+            epoch = tf.numpy_function(lambda: np.int64(this().epoch), [], tf.int64)
+            return tf.data.Dataset.range(count).map(functools.partial(read, epoch))
 
         windows = tf.data.Dataset.range(1).flat_map(coming_epoch)
         if not flags:
             windows = windows.map(strip)
-        windows = windows.apply(tf.data.experimental.assert_cardinality(len(self)))
+        windows = windows.apply(tf.data.experimental.assert_cardinality(count))
         windows = windows.prefetch(tf.data.AUTOTUNE)
         windows.shuffle = _refuse_shuffle
+        windows.source = self
         return windows
 
     def whole(self, documents: Any) -> tuple:

@@ -114,6 +114,21 @@ def test_whole_documents_are_read_as_windows_are(layer):
     np.testing.assert_allclose(outputs, expected, atol=1e-6)
 
 
+def test_a_stock_sequential_model_serves_what_it_predicts(vectorizer, tmp_path):
+    layers = [
+        keras.layers.Embedding(VOCAB, 6, mask_zero=True),
+        keras.layers.LSTM(5, stateful=True),
+        keras.layers.Dense(1, activation="sigmoid"),
+    ]
+    stock = keras.Sequential([keras.Input(batch_shape=(4, 5), dtype="int32"), *layers])
+    twin = token_model()
+    twin.set_weights(stock.get_weights())
+    path = keras_tbptt.export_saved_model(stock, tmp_path, vectorizer=vectorizer)
+    serve = tf.saved_model.load(str(path)).signatures["serving_default"]
+    expected = twin.predict_documents(encode(vectorizer, TEXTS))
+    np.testing.assert_allclose(serve(tf.constant(TEXTS))["probability"], expected, atol=1e-6)
+
+
 def test_several_outputs_keep_their_names(vectorizer, tmp_path):
     tokens = keras.Input(batch_shape=(4, 5), dtype="int32")
     x = keras.layers.Embedding(VOCAB, 6, mask_zero=True)(tokens)

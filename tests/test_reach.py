@@ -224,17 +224,6 @@ def test_regularisation_counts_once_in_a_step():
     np.testing.assert_allclose(got[2] - without[2], recurrent, atol=1e-6)
 
 
-def test_a_model_with_reach_survives_saving(tmp_path):
-    model = build(pooled, window_loss="pooled", backprop_windows=2, burn_in=1)
-    model.compile("adam", "binary_crossentropy")
-    model.fit(windows_of(), verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert (loaded.backprop_windows, loaded.window_loss, loaded.burn_in) == (2, "pooled", 1)
-    np.testing.assert_array_equal(weights_of(loaded), weights_of(model))
-    loaded.fit(windows_of(), verbose=0)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

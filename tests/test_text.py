@@ -1,6 +1,12 @@
+import tracemalloc
+
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import ANY_TEXT, STRANGE_TEXTS
 
 from keras_tbptt.text import encode, make_vectorizer, standardize
 
@@ -14,6 +20,7 @@ from keras_tbptt.text import encode, make_vectorizer, standardize
         ("Ça, c\u2019est \u00c9MOUVANT", "ça cest émouvant"),
         ("", "[UNK]"),
         (" ...\n\t", "[UNK]"),
+        ("a\0b\u00a0c\u3000d\u2028e\x85f\x1cg\0", "a b c d e f g"),
         (b"caf\xff noir", "caf\ufffd noir"),
         ("\U0001f600 \u202eabc", "\U0001f600 \u202eabc"),
     ],
@@ -35,3 +42,64 @@ def test_many_texts_are_encoded_in_their_order():
     vectorizer = make_vectorizer(texts, vocab_size=20)
     ids = encode(vectorizer, texts)
     assert ids.to_list() == vectorizer(texts).to_list()
+
+
+@pytest.fixture(scope="module")
+def strange():
+    return make_vectorizer(STRANGE_TEXTS, vocab_size=200)
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(ANY_TEXT, min_size=1, max_size=5))
+def test_any_text_becomes_ids_whatever_it_comes_with(strange, texts):
+    ids = encode(strange, texts)
+    assert all(ids.row_lengths() >= 1)
+    assert 1 <= min(ids.values) and max(ids.values) < strange.vocabulary_size()
+    for text, row in zip(texts, ids.to_list(), strict=True):
+        assert encode(strange, [text]).to_list() == [row]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=ANY_TEXT)
+def test_no_text_hides_what_follows_it(text):
+    text = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    alone, followed = standardize(tf.constant([text, text + b" end"])).numpy()
+    assert followed == (b"end" if alone == b"[UNK]" else alone + b" end")
+
+
+@settings(max_examples=20, deadline=None)
+@given(texts=st.lists(ANY_TEXT, min_size=1, max_size=9))
+def test_any_vocabulary_survives_saving(tmp_path_factory, texts):
+    vectorizer = make_vectorizer([*texts, *STRANGE_TEXTS], vocab_size=300)
+    model = keras.Sequential([vectorizer])
+    expected = model(tf.constant(["a b", "abc"])).to_list()
+    path = tmp_path_factory.mktemp("saved") / "vectorizer.keras"
+    model.save(path)
+    loaded = keras.saving.load_model(path)
+    assert loaded.layers[0].get_vocabulary() == vectorizer.get_vocabulary()
+    assert loaded(tf.constant(["a b", "abc"])).to_list() == expected
+
+
+def test_one_long_text_does_not_make_all_of_them_long(strange):
+    tracemalloc.start()
+    try:
+        encode(strange, ["w" * 100_000] + ["a"] * 500)
+        assert tracemalloc.get_traced_memory()[1] < 5e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("read", [encode, lambda _, texts: make_vectorizer(texts, 10)])
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], "at least one text.*shape \\(0,\\)"),
+        ("a text", "a flat list.*Received: str"),
+        ([["a", "b"]], "a flat list.*shape \\(1, 2\\)"),
+        (["a", None], "leave out what is missing.*Received: texts\\[1\\]=None"),
+        (["a", 1.5], "must be str or bytes.*Received: texts\\[1\\]=1.5"),
+    ],
+)
+def test_what_is_no_text_is_refused(strange, read, texts, message):
+    with pytest.raises(ValueError, match=message):
+        read(strange, texts)

@@ -1,4 +1,6 @@
+import gc
 import itertools
+import weakref
 
 import keras
 import numpy as np
@@ -33,44 +35,55 @@ def rejoin(windows):
     return documents
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 25), min_size=1, max_size=20),
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=20),
     window=st.integers(1, 9),
+    mean=st.none() | st.integers(2, 7),
+    stretch=st.none() | st.integers(1, 4),
     lanes=st.integers(1, 6),
     packing=st.sampled_from(["packed", "aligned"]),
     shuffle=st.booleans(),
+    epoch=st.integers(0, 9),
 )
-def test_windows_rejoin_to_the_documents(lengths, window, lanes, packing, shuffle):
+def test_each_document_is_read_once_with_its_own_labels(
+    lengths, window, mean, stretch, lanes, packing, shuffle, epoch
+):
+    window = max(window, -(-5 * (mean or 0) // 4))
     # Each step has a value of its own, so a step that is lost, repeated or moved shows.
     flat, offsets = np.arange(1, sum(lengths) + 1), np.cumsum([0, *lengths])
-    windows = DocumentWindows(
-        flat, offsets=offsets, window=window, lanes=lanes, packing=packing, shuffle=shuffle, seed=3
-    )
-    for _ in range(2):
-        read = sorted(map(tuple, rejoin(windows)))
-        assert read == [tuple(flat[a:b]) for a, b in itertools.pairwise(offsets)]
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=20),
-    mean=st.integers(2, 8),
-    lanes=st.integers(1, 6),
-    packing=st.sampled_from(["packed", "aligned"]),
-)
-def test_windows_of_random_lengths_rejoin_to_the_documents(lengths, mean, lanes, packing):
-    flat, offsets = np.arange(1, sum(lengths) + 1), np.cumsum([0, *lengths])
-    windows = DocumentWindows(
-        flat, offsets=offsets, window=-(-5 * mean // 4), mean_window=mean, lanes=lanes,
-        packing=packing, seed=3,
+    documents = np.arange(len(lengths))
+    arguments = dict(
+        offsets=offsets, window=window, mean_window=mean, stretch=stretch, lanes=lanes,
+        packing=packing, shuffle=shuffle, seed=3,
     )  # fmt: skip
-    for _ in range(2):
-        plan = windows.plan
-        assert ((1 <= plan.length) == (plan.document >= 0)).all()
-        assert plan.length.max() <= windows.window
-        read = sorted(map(tuple, rejoin(windows)))
-        assert read == [tuple(flat[a:b]) for a, b in itertools.pairwise(offsets)]
+    windows = DocumentWindows(flat, documents, weights=documents + 1, **arguments)
+    steps = DocumentWindows(flat, -flat, per_step=True, weights=documents + 1, **arguments)
+    windows.epoch = steps.epoch = epoch
+    assert ((windows.plan.length >= 1) == (windows.plan.document >= 0)).all()
+    longest = np.inf if stretch is None else stretch * (mean or window)
+    batch, batch_of_steps = batches(windows, flags=True), batches(steps, flags=True)
+    assert len(batch) == len(windows) == len(steps)
+    read, reading = {}, {}
+    for (x, y, weight), (_, targets, _) in zip(batch, batch_of_steps, strict=True):
+        idle = x["lengths"] == 0
+        assert not (x["starts"] | x["ends"])[idle].any() and not weight[idle].any()
+        for lane in np.flatnonzero(~idle):
+            document, real = y[lane], slice(x["lengths"][lane])
+            if x["starts"][lane]:
+                assert reading.get(lane) is None and document not in read
+                reading[lane], read[document] = document, []
+            assert reading[lane] == document and weight[lane] == document + 1
+            read[document].extend(x["inputs"][lane, real])
+            np.testing.assert_array_equal(targets[lane, real], -x["inputs"][lane, real])
+            if x["ends"][lane]:
+                reading[lane] = None
+    assert not any(document is not None for document in reading.values())
+    for document, length in enumerate(lengths):
+        part = read[document]
+        begin = part[0] - flat[offsets[document]]
+        assert len(part) == min(length, longest) and 0 <= begin <= length - len(part)
+        assert part == list(range(part[0], part[0] + len(part)))
 
 
 def test_random_lengths_are_around_their_mean_and_new_in_every_epoch():
@@ -313,6 +326,18 @@ def test_windows_cannot_be_shuffled():
     windows = DocumentWindows([[1, 2], [3]], [0, 1], window=2, lanes=2)
     with pytest.raises(ValueError, match="Shuffle documents instead"):
         windows.dataset().shuffle(10)
+
+
+@pytest.mark.parametrize("flags", [False, True])
+def test_a_dataset_keeps_its_documents_and_lets_go_of_them(flags):
+    windows = DocumentWindows([[1, 2, 3]], [0], window=2, lanes=1)
+    dataset, there = windows.dataset(flags=flags).take(2), weakref.ref(windows)
+    del windows
+    gc.collect()
+    assert len(list(dataset)) == 2 and there() is not None
+    del dataset
+    gc.collect()
+    assert there() is None
 
 
 def test_whole_documents_end_together():

@@ -2,10 +2,22 @@
 
 import keras
 import numpy as np
+from hypothesis import strategies as st
 
 import keras_tbptt
 
 VOCAB = 40
+
+STRANGE_TEXTS = [
+    "", " ", "\n\t\r", "[UNK]", "'", "\u2019", "a\0b\0", b"ok\0", b"\xff\xfe", b"\xc0\x80",
+    "\ud800", "a \udcff b", "\ufeffbom", "\U0001f600\u200d\U0001f525", "\u202eabc\u202c",
+    "\U0010ffff \ufffe", "a\x1cb\x1dc\x0bd\x0ce", "f\x85g", "h\u2028i\u2029", "j\u00a0k\u3000l",
+    "e\u0301 \u0130I\u0131 \u212a",
+    "<a" * 99, "w" * 1_000_000, "\u0130" * 1000,
+]  # fmt: skip
+ANY_TEXT = (
+    st.text(st.characters(exclude_categories=())) | st.binary() | st.sampled_from(STRANGE_TEXTS)
+)
 
 
 def random_documents(count=23, longest=33, seed=0, features=None):
