@@ -14,6 +14,7 @@ from keras_tbptt.backup import ExactBackup
 from keras_tbptt.callbacks import ResetStates
 from keras_tbptt.export import export_saved_model
 from keras_tbptt.model import TBPTTModel
+from keras_tbptt.onnx import export_onnx
 from keras_tbptt.windows import DocumentWindows
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "TBPTTModel",
     "client",
     "diagnostics",
+    "export_onnx",
     "export_saved_model",
     "layers",
     "losses",

@@ -238,6 +238,8 @@ def _any_rows(tensor: tf.Tensor | None) -> tf.Tensor | None:
     if tensor is None:
         return None
     tensor = tf.convert_to_tensor(tensor)
+    if tensor.shape[0] is None:
+        return tensor
     return tf.compat.v1.placeholder_with_default(tensor, [None, *tensor.shape[1:]])
 
 

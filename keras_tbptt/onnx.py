@@ -1,0 +1,66 @@
+"""A trained model's stream -> an ONNX file."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import tempfile
+
+import keras
+import tensorflow as tf
+
+from keras_tbptt.serving import signatures
+
+_OPSET = 18
+
+
+def export_onnx(model: keras.Model, path: str | os.PathLike) -> pathlib.Path:
+    """Exports the next steps of streams, for ONNX Runtime.
+
+    The file does what the signature `stream_tokens` of `export_saved_model` does, with the same
+    inputs, any batch and any number of steps: `ids`, int32 `[batch, time]`, or `features`, float32
+    `[batch, time, F]`; `lengths`, int32 `[batch]`; `state`, float32 `[batch, S]`, zeros where a
+    stream begins; and `start`, bool `[batch]`. Its outputs are the model's, `[batch, ...]`, such as
+    `probability`, and `new_state`, float32 `[batch, S]`, which is the next call's `state`: in ONNX
+    no output can have the name of an input. Requests are not checked. ONNX has no vocabulary:
+    `keras_tbptt.text.encode` gives the ids.
+
+    Args:
+        model: A functional model with stateful layers and one input of a fixed window, such as
+            a `TBPTTModel`.
+        path: The file, which appears whole or not at all.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: If tf2onnx is not installed.
+        ValueError: If the model has no stateful layer.
+        OSError: If the file cannot be written; nothing is left behind then.
+    """
+    try:
+        import tf2onnx
+    except ImportError as missing:
+        raise ImportError(
+            f"ONNX needs a converter: pip install 'keras-tbptt[onnx]'. Received: {missing}"
+        ) from missing
+    stream = signatures(model, None)["stream"]
+
+    @tf.function(input_signature=stream.input_signature)
+    def step(steps, lengths, state, start):
+        replies = dict(stream(steps, lengths, state, start))
+        return {"new_state": replies.pop("state"), **replies}
+
+    converted, _ = tf2onnx.convert.from_function(step, stream.input_signature, opset=_OPSET)
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(converted.SerializeToString())
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        pathlib.Path(partial).unlink(missing_ok=True)
+        raise
+    return path

@@ -1,0 +1,82 @@
+"""The stream in ONNX Runtime: the same answers, whatever the pieces."""
+
+import keras
+import numpy as np
+import pytest
+from toys import random_documents, token_model
+
+import keras_tbptt
+from keras_tbptt.serving import StreamState
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("tf2onnx")
+
+
+def recurrent(*layers):
+    def build(tokens):
+        x = keras.layers.Embedding(40, 6, mask_zero=True)(tokens)
+        for i, layer in enumerate(layers):
+            x = layer(4 + i, stateful=True, return_sequences=i + 1 < len(layers))(x)
+        return keras.layers.Dense(1, activation="sigmoid")(x)
+
+    return build
+
+
+@pytest.mark.filterwarnings("ignore")  # of the converter
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [keras.layers.LSTM],
+        [keras.layers.GRU],
+        [keras.layers.LSTM, keras.layers.GRU, keras.layers.LSTM],
+    ],
+    ids=["LSTM", "GRU", "three layers"],
+)
+def test_streams_in_pieces_of_any_size_are_whole_documents(layers, tmp_path):
+    model = token_model(layers=recurrent(*layers))
+    path = keras_tbptt.export_onnx(model, tmp_path / "new" / "model.onnx")
+    assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
+    session = onnxruntime.InferenceSession(path)
+    rng = np.random.default_rng(0)
+    documents = random_documents(7)
+    state = np.zeros((7, StreamState(model).width), "float32")
+    start = np.ones(7, bool)
+    done = np.zeros(7, int)
+    while any(done < [len(d) for d in documents]):
+        time = int(rng.integers(1, 13))
+        pieces = [
+            d[n : n + rng.integers(0, time + 1)] for d, n in zip(documents, done, strict=True)
+        ]
+        ids = np.zeros((7, time), "int32")
+        for row, piece in zip(ids, pieces, strict=True):
+            row[: len(piece)] = piece
+        request = {
+            "ids": ids,
+            "lengths": np.array([len(piece) for piece in pieces], "int32"),
+            "state": state,
+            "start": start,
+        }
+        names = [output.name for output in session.get_outputs()]
+        replies = dict(zip(names, session.run(None, request), strict=True))
+        state, start = replies["new_state"], np.zeros(7, bool)
+        done += request["lengths"]
+    np.testing.assert_allclose(
+        replies["probability"], model.predict_documents(documents), atol=1e-5
+    )
+
+
+def test_features(tmp_path):
+    keras.utils.set_random_seed(0)
+    steps = keras.Input(batch_shape=(4, 5, 3))
+    x = keras.layers.LSTM(4, stateful=True)(steps)
+    model = keras_tbptt.TBPTTModel(steps, keras.layers.Dense(2)(x))
+    session = onnxruntime.InferenceSession(keras_tbptt.export_onnx(model, tmp_path / "m.onnx"))
+    [document] = random_documents(1, longest=20, features=3)
+    request = {
+        "features": document[None],
+        "lengths": np.array([len(document)], "int32"),
+        "state": np.zeros((1, StreamState(model).width), "float32"),
+        "start": np.array([True]),
+    }
+    [outputs] = session.run([model.output_names[0]], request)
+    np.testing.assert_allclose(outputs, model.predict_documents([document]), atol=1e-5)
