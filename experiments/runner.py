@@ -85,7 +85,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _say_how_to_go_on() -> None:
-    if RunDirectory.current is not None:
+    if RunDirectory.current is not None and RunDirectory.current.command:
         print(f"\nInterrupted. To go on: {RunDirectory.current.command}", file=sys.stderr)
 
 
@@ -100,11 +100,12 @@ class RunDirectory:
         experiment: Name of the experiment.
         key: What tells this run from others in a listing, such as `"window30"`.
         free: Flags that may differ from those of the run that is gone on with.
+        resumable: Whether such a run can be gone on with at all.
 
     Attributes:
         path: The folder.
         results: What `results.json` of the run that is gone on with holds so far; else empty.
-        command: Goes on with this run.
+        command: Goes on with this run; None if that cannot be done.
 
     Raises:
         RunError: If the folder cannot be written, or holds a run already that is not gone on with,
@@ -113,7 +114,7 @@ class RunDirectory:
 
     current: RunDirectory | None = None
 
-    def __init__(self, experiment: str, key: str, free: Sequence[str] = ()):
+    def __init__(self, experiment: str, key: str, free: Sequence[str] = (), resumable: bool = True):
         self.experiment = experiment
         self.results: dict[str, Any] = {}
         given, resume = flags.FLAGS.run_dir, flags.FLAGS.resume
@@ -122,15 +123,21 @@ class RunDirectory:
         own = {f.name: f.serialize() for f in own if f.name not in ("run_dir", "resume")}
         text = "\n".join(sorted(line for line in own.values() if line)) + "\n"
         there = pathlib.Path(given) if given else None
+        if resume and not resumable:
+            raise RunError(
+                f"A run of experiments.{experiment} cannot be gone on with: leave --resume out. "
+                "Received: --resume"
+            )
         if resume and not given:
             runs = pathlib.Path("runs", experiment).glob("*/flags.txt")
             same = [p.parent for p in runs if p.read_text(encoding="utf-8") == text]
             there = max(same, default=None)
         if there is not None and (there / "flags.txt").exists():
             if not resume:
+                remedy = "go on with it by --resume, or name" if resumable else "name"
                 raise RunError(
-                    "The run directory holds a run already: go on with it by --resume, or name "
-                    f"another with --run_dir. Received: --run_dir={there}"
+                    f"The run directory holds a run already: {remedy} another with --run_dir. "
+                    f"Received: --run_dir={there}"
                 )
             self._check_flags(there, text, free)
             if (there / "results.json").exists():
@@ -142,12 +149,9 @@ class RunDirectory:
         check_writable(self.path, "--run_dir")
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "flags.txt", text)
-        self.command = shlex.join(
-            [
-                *("python", "-m", f"experiments.{experiment}"),
-                *(f"--flagfile={self.path / 'flags.txt'}", f"--run_dir={self.path}", "--resume"),
-            ]
-        )
+        places = f"--flagfile={self.path / 'flags.txt'}", f"--run_dir={self.path}"
+        command = shlex.join(["python", "-m", f"experiments.{experiment}", *places, "--resume"])
+        self.command = command if resumable else None
         RunDirectory.current = self
 
     def _check_flags(self, there: pathlib.Path, text: str, free: Sequence[str]) -> None:

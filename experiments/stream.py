@@ -66,7 +66,8 @@ def main() -> None:
     """Reads to the end of the text, or to Ctrl-C, and leaves the run directory behind."""
     predict = load(newest_version(pathlib.Path(FLAGS.model)))
     descriptor = open_text(FLAGS.file)
-    directory = runner.RunDirectory("stream", pathlib.Path(FLAGS.file or "stdin").stem)
+    name = pathlib.Path(FLAGS.file or "stdin").stem
+    directory = runner.RunDirectory("stream", name, resumable=False)
     points: list[Point] = []
     status = 0
     with shown(typed=os.isatty(descriptor)) as show:
@@ -76,6 +77,8 @@ def main() -> None:
                 show(point)
         except KeyboardInterrupt:
             status = _INTERRUPTED
+        except SystemExit as end:  # by SIGTERM
+            status = end.code
         except BrokenPipeError:  # `| head` has what it wants
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if points:

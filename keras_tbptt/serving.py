@@ -62,28 +62,41 @@ def signatures(
         message = "`state` must be finite: send what the last reply had."
         return _after([_require(used, message, state)], state)
 
-    @tf.function(input_signature=[steps_spec, lengths_spec])
+    def of_rank(*specs: tf.TensorSpec) -> Callable:
+        """A graph function that refuses inputs of another rank, by name; no server does."""
+
+        def checked(serve: Callable) -> Callable:
+            @tf.function(input_signature=specs)
+            def function(*given):
+                shapes = [spec.shape for spec in specs]
+                return serve(*map(tf.ensure_shape, given, shapes))
+
+            return function
+
+        return checked
+
+    @of_rank(steps_spec, lengths_spec)
     def tokens(steps, lengths):
         return named(read(check_steps(steps, lengths, least=1), lengths)[0])
 
-    @tf.function(input_signature=[steps_spec, lengths_spec, state_spec, start_spec])
+    @of_rank(steps_spec, lengths_spec, state_spec, start_spec)
     def stream_tokens(steps, lengths, state, start):
         state = check_state(steps, name, state, start)
         return resume(check_steps(steps, lengths, least=0), lengths, state, start)
 
-    @tf.function(input_signature=[text_spec])
+    @of_rank(text_spec)
     def serving_default(text):
         ids = vectorizer(text)
         return named(read(ids.to_tensor(), ids.row_lengths())[0])
 
-    @tf.function(input_signature=[text_spec, state_spec, start_spec])
+    @of_rank(text_spec, state_spec, start_spec)
     def stream(text, state, start):
         state = check_state(text, "text", state, start)
         ids = vectorizer(text)
         lengths = tf.where(standardize(text) == WORDLESS, 0, tf.cast(ids.row_lengths(), "int32"))
         return resume(ids.to_tensor(), lengths, state, start)
 
-    @tf.function(input_signature=[tf.TensorSpec([], tf.int32, name="batch_size")])
+    @of_rank(tf.TensorSpec([], tf.int32, name="batch_size"))
     def initial_state(batch_size):
         right = _require(batch_size >= 0, "`batch_size` must not be negative.", batch_size)
         return {"state": tf.repeat(layout.initial(), _after([right], batch_size), axis=0)}

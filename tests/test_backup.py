@@ -138,16 +138,11 @@ def test_a_training_that_was_interrupted_ends_as_one_that_was_not(setting, tmp_p
     assert steps > 8
 
     executions = -(-steps // setting.get("steps_per_execution", 1))
-    for interruptions in ([2], [executions - 1, 3], [executions + 2], [InterruptInValidation()]):
-        folder = tmp_path / "pieces"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(tmp_path / "start", folder)
-        for at in interruptions:
-            callback = InterruptAt(at) if isinstance(at, int) else at
-            with pytest.raises(Interruption):
-                Training(folder, **setting).fit(callback)
-        pieces = Training(folder, **setting).fit()
-        assert_same(whole, pieces)
+    for interruption in (InterruptAt(executions - 1), InterruptInValidation()):
+        with pytest.raises(Interruption):
+            Training(tmp_path / "start", **setting).fit(interruption)
+    pieces = Training(tmp_path / "start", **setting).fit()
+    assert_same(whole, pieces)
 
 
 def test_a_training_that_is_over_is_not_done_again(tmp_path):

@@ -160,3 +160,24 @@ def test_strange_texts_get_an_answer(served):
     answers = serve["serving_default"](tf.constant(texts))["probability"]
     assert np.isfinite(answers).all() and answers.shape == (4, 1)
     assert serve["serving_default"](tf.constant([], tf.string))["probability"].shape == (0, 1)
+
+
+def test_a_request_of_another_rank_is_refused_by_name(vectorizer, tmp_path):
+    model = token_model()
+    loaded = tf.saved_model.load(
+        str(keras_tbptt.export_saved_model(model, tmp_path, vectorizer=vectorizer))
+    )
+    text, state, start = tf.constant(["a"]), tf.zeros([1, 11]), tf.constant([True])
+    ids, lengths = tf.constant([[3, 4]]), tf.constant([2])
+    requests = {
+        "text": ("serving_default", {"text": text[0]}),
+        "ids": ("tokens", {"ids": ids[0], "lengths": lengths}),
+        "lengths": ("tokens", {"ids": ids, "lengths": lengths[0]}),
+        "state": ("stream", {"text": text, "state": state[0], "start": start}),
+        "start": ("stream", {"text": text, "state": state, "start": start[0]}),
+    }
+    for name, (signature, request) in requests.items():
+        with pytest.raises(tf.errors.InvalidArgumentError, match=f"tensor {name} .*expected shape"):
+            loaded.signatures[signature](**request)
+    answer = loaded.signatures["serving_default"](text=text)["probability"]
+    assert np.isfinite(answer).all()
