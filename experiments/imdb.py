@@ -164,7 +164,7 @@ def main() -> None:
         "tokens": {name: w.num_steps for name, w in windows.items()},
         "packing_efficiency": round(train.packing_efficiency, 4),
         "epochs": epochs.records,
-        "best_epoch": max(epochs.records, key=lambda e: e["valid_accuracy"])["epoch"],
+        "best_epoch": max((e["valid_accuracy"], e["epoch"]) for e in epochs.records)[1],
         "test_accuracy": test_accuracy,
         "test_loss": test_loss,
         "export_path": None,

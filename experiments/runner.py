@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
@@ -237,6 +238,33 @@ class Epochs(keras.callbacks.Callback):
         write_atomically(self.log, lines.getvalue())
 
 
+class BestWeights(keras.callbacks.Callback):
+    """Ends training with the weights of the epoch of highest `val_accuracy`; of equals, the last.
+
+    In memory and in the backup: the HDF5 file of `ModelCheckpoint` is overwritten in place, and a
+    full disk ends the process there; `EarlyStopping` takes the first of equals.
+
+    Attributes:
+        best: That accuracy.
+        weights: Those weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.best = -1.0
+        self.weights: list[np.ndarray] = []
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Keeps the weights, if they are better or as good."""
+        if logs["val_accuracy"] >= self.best:
+            self.best, self.weights = logs["val_accuracy"], self.model.get_weights()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Gives them back."""
+        if self.weights:
+            self.model.set_weights(self.weights)
+
+
 def keras_callbacks(
     directory: RunDirectory, windows: keras_tbptt.DocumentWindows, epochs: Epochs
 ) -> list[keras.callbacks.Callback]:
@@ -251,10 +279,7 @@ def keras_callbacks(
         The callbacks; training ends with the weights of the epoch that had the highest
         `val_accuracy`, and `backup/` is what `--resume` goes on with.
     """
-    # Not ModelCheckpoint: its HDF5 file is overwritten in place, and a full disk ends the process.
-    best = keras.callbacks.EarlyStopping(
-        "val_accuracy", mode="max", patience=sys.maxsize, restore_best_weights=True
-    )
+    best = BestWeights()
     callbacks = [epochs, best]
     if importlib.util.find_spec("tensorboard"):
         callbacks.append(keras.callbacks.TensorBoard(str(directory / "tensorboard")))

@@ -5,12 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import os
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 import keras
@@ -20,6 +17,7 @@ import tensorflow as tf
 from keras_tbptt.checkpoints import CheckpointDirectory, DamagedCheckpointError
 from keras_tbptt.model import TBPTTModel
 from keras_tbptt.nonfinite import all_finite, find_cause
+from keras_tbptt.signals import DeferredSignals
 from keras_tbptt.state import seed_variables, state_variables, stateful_layers
 from keras_tbptt.windows import DocumentWindows
 
@@ -107,7 +105,7 @@ class ExactBackup(keras.callbacks.Callback):
         self.every_windows = every_windows
         self.callbacks = list(callbacks)
         self.resumed_from: str | None = None
-        self._signals = _Signals()
+        self._signals = DeferredSignals()
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Restores the newest checkpoint, if there is one."""
@@ -266,10 +264,9 @@ class ExactBackup(keras.callbacks.Callback):
     def _restore_records(self) -> None:
         """History and the other callbacks, which `fit` has just begun anew."""
         about, history = self._about, self.model.history
-        arrays = self.directory.read_arrays(about["path"])
-        history.epoch, history.history = _unpacked(about["history"], arrays)
+        history.epoch, history.history = about["history"]
         for callback, state in zip(self.callbacks, about["callbacks"], strict=True):
-            vars(callback).update(_unpacked(state, arrays))
+            vars(callback).update(state)
 
     def _pass_over(self, windows: int) -> None:
         """Lets `fit` read the windows that were learnt from before, and learn nothing."""
@@ -315,7 +312,6 @@ class ExactBackup(keras.callbacks.Callback):
         variables = self._variables()
         if not all_finite(variables):
             self._explain("weights that are not finite")
-        arrays: dict[str, np.ndarray] = {}
         about = {
             "epoch": self._epoch,
             "window": self._window,
@@ -323,12 +319,12 @@ class ExactBackup(keras.callbacks.Callback):
             "belongs_to": self._identity(),
             "versions": _versions(),
             "stopped": bool(self.model.stop_training),
-            "history": _packed([self.model.history.epoch, self.model.history.history], arrays),
-            "callbacks": [_packed(_public(callback), arrays) for callback in self.callbacks],
+            "history": [self.model.history.epoch, self.model.history.history],
+            "callbacks": [_public(callback) for callback in self.callbacks],
         }
         name = f"epoch-{self._epoch:05d}-window-{self._window:09d}"
         try:
-            self.directory.write(name, variables, about, arrays)
+            self.directory.write(name, variables, about)
         except OSError as error:
             raise BackupError(
                 "The checkpoint could not be saved; those before it are as they were. Free some "
@@ -355,65 +351,6 @@ class ExactBackup(keras.callbacks.Callback):
         )
 
 
-class _Signals:
-    """SIGTERM and Ctrl-C, put off until training can be saved."""
-
-    _last: _Signals | None = None
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    @property
-    def installed(self) -> bool:
-        return bool(self._previous)
-
-    def install(self, model: keras.Model) -> None:
-        last = _Signals._last
-        if last is not None and not last._is_training(inspect.currentframe()):
-            last.restore()  # its training ended in an error
-        _Signals._last = self
-        self.received = None
-        self._model = model
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                self._previous[number] = signal.signal(number, self._receive)
-
-    def restore(self) -> None:
-        self._handlers = dict(self._previous) or getattr(self, "_handlers", {})
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
-
-    def pass_on(self) -> None:
-        """Lets the signal do what it would have done."""
-        if self.received is None:
-            return
-        number, self.received = self.received, None
-        handler = self._handlers[number]
-        if callable(handler):
-            handler(number, None)
-        else:
-            raise SystemExit(128 + number)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None and self._is_training(frame):
-            self.received = number
-            return
-        # The second, or long after a training that an error ended: what it would have done, now.
-        self.restore()
-        os.kill(os.getpid(), number)
-
-    def _is_training(self, frame: FrameType | None) -> bool:
-        while frame is not None:
-            if frame.f_code.co_name == "fit" and frame.f_locals.get("self") is self._model:
-                return True
-            frame = frame.f_back
-        return False
-
-
 def _public(callback: keras.callbacks.Callback) -> dict[str, Any]:
     """What a callback remembers: its public attributes that are plain and no arguments."""
     arguments = inspect.signature(type(callback).__init__).parameters
@@ -433,29 +370,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str, np.ndarray, np.generic))
-
-
-def _packed(value: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """As JSON, with arrays put aside."""
-    if isinstance(value, dict):
-        return {name: _packed(v, arrays) for name, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_packed(v, arrays) for v in value]
-    if isinstance(value, (np.ndarray, np.generic)):
-        name = f"array_{len(arrays)}"
-        arrays[name] = value
-        return {"__array__": name}
-    return value
-
-
-def _unpacked(value: Any, arrays: dict[str, np.ndarray]) -> Any:
-    if isinstance(value, dict):
-        if value.keys() == {"__array__"}:
-            return arrays[value["__array__"]]
-        return {name: _unpacked(v, arrays) for name, v in value.items()}
-    if isinstance(value, list):
-        return [_unpacked(v, arrays) for v in value]
-    return value
 
 
 def _versions() -> dict[str, str]:

@@ -51,15 +51,13 @@ class CheckpointDirectory:
         name: str,
         variables: Sequence[tf.Variable],
         about: Mapping[str, Any],
-        arrays: Mapping[str, np.ndarray],
     ) -> pathlib.Path:
         """Writes a checkpoint, and deletes those that are too many then.
 
         Args:
             name: Its name, later than all before it in the order of strings.
             variables: What it holds, in this order.
-            about: What can be written as JSON.
-            arrays: Further arrays by name.
+            about: What can be written as JSON, and arrays anywhere in it.
 
         Returns:
             Its path.
@@ -74,8 +72,10 @@ class CheckpointDirectory:
         final = self.path / name
         try:
             tf.train.Checkpoint(variables=list(variables)).write(str(partial / "variables"))
+            arrays: dict[str, np.ndarray] = {}
+            text = json.dumps(_packed(about, arrays), indent=1)
+            (partial / "about.json").write_text(text, encoding="utf-8")
             np.savez(partial / "arrays.npz", **arrays)
-            (partial / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
             lines = [f"{_digest(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
             (partial / _SUMS).write_text("".join(lines), encoding="utf-8")
             for file in (*partial.iterdir(), partial):
@@ -120,16 +120,9 @@ class CheckpointDirectory:
                 raise DamagedCheckpointError(f"{name} is missing") from error
             if not same:
                 raise DamagedCheckpointError(f"{name} has changed since it was written")
-        return json.loads((checkpoint / "about.json").read_text(encoding="utf-8"))
-
-    def read_arrays(self, checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
-        """The further arrays of a checkpoint.
-
-        Args:
-            checkpoint: Its path.
-        """
         with np.load(checkpoint / "arrays.npz") as arrays:
-            return dict(arrays)
+            text = (checkpoint / "about.json").read_text(encoding="utf-8")
+            return _unpacked(json.loads(text), dict(arrays))
 
     def restore(self, checkpoint: pathlib.Path, variables: Sequence[tf.Variable]) -> None:
         """Gives variables the values that a checkpoint holds.
@@ -153,3 +146,26 @@ def _bring_to_disk(path: pathlib.Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _packed(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """As JSON, with arrays put aside."""
+    if isinstance(value, dict):
+        return {name: _packed(v, arrays) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_packed(v, arrays) for v in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        name = f"array_{len(arrays)}"
+        arrays[name] = value
+        return {"__array__": name}
+    return value
+
+
+def _unpacked(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"__array__"}:
+            return arrays[value["__array__"]]
+        return {name: _unpacked(v, arrays) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_unpacked(v, arrays) for v in value]
+    return value
