@@ -25,6 +25,8 @@ from keras_tbptt import text
 from keras_tbptt.losses import FINAL_LOSSES, WINDOW_LOSSES
 from keras_tbptt.packing import PACKINGS
 
+OPTIMIZERS = {"lazy_adam": keras_tbptt.optimizers.LazyAdam, "adam": keras.optimizers.Adam}
+
 flags.DEFINE_integer("window", 30, "Steps in a window (K): words in one backward pass.", 1)
 flags.DEFINE_enum(
     "window_loss", "per_window", WINDOW_LOSSES,
@@ -51,7 +53,13 @@ flags.DEFINE_integer("epochs", 3, "Passes over the training reviews.", 1)
 flags.DEFINE_integer("units", 128, "Units of the LSTM.", 1)
 flags.DEFINE_integer("embedding_dim", 128, "Size of a word's vector.", 1)
 flags.DEFINE_integer("vocab_size", 20_000, "Ids in all, padding and unknown words included.", 3)
-flags.DEFINE_float("learning_rate", 1e-3, "Adam's rate at the start; it falls to 0 by a cosine.", 0)
+flags.DEFINE_float(
+    "learning_rate", 1e-3, "The optimizer's rate at the start; it falls to 0 by a cosine.", 0
+)
+flags.DEFINE_enum(
+    "optimizer", "lazy_adam", list(OPTIMIZERS),
+    "Adam, or Adam that leaves the vectors of words that are not in the window alone.",
+)  # fmt: skip
 flags.DEFINE_float("dropout", 0.5, "Share of the LSTM's outputs dropped in training.", 0, 0.99)
 flags.DEFINE_float("word_dropout", 0.3, "Share of the words dropped in training.", 0, 0.99)
 flags.DEFINE_float("validation", 0.1, "Share of the training reviews kept to choose by.", 0, 1)
@@ -84,7 +92,7 @@ def build_model() -> keras_tbptt.TBPTTModel:
     x = keras.layers.Embedding(FLAGS.vocab_size, FLAGS.embedding_dim, mask_zero=True)(tokens)
     x = keras.layers.Dropout(FLAGS.word_dropout, noise_shape=(lanes, window, 1))(x)
     pooled = FLAGS.window_loss == "pooled"
-    x = keras.layers.LSTM(FLAGS.units, stateful=True, return_sequences=pooled)(x)
+    x = keras_tbptt.layers.LSTM(FLAGS.units, stateful=True, return_sequences=pooled)(x)
     if pooled:
         x = keras_tbptt.layers.ConcatPooling(stateful=True)(x)
     x = keras.layers.Dropout(FLAGS.dropout)(x)
@@ -137,7 +145,7 @@ def main() -> None:
     steps = FLAGS.epochs * model.optimizer_steps(train)
     rate = keras.optimizers.schedules.CosineDecay(FLAGS.learning_rate, steps)
     model.compile(
-        keras.optimizers.Adam(rate, clipnorm=1.0),
+        OPTIMIZERS[FLAGS.optimizer](rate, clipnorm=1.0),
         "binary_crossentropy",
         weighted_metrics=["accuracy"],
         steps_per_execution=FLAGS.steps_per_execution,

@@ -11,7 +11,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 from absl import flags
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -55,7 +54,7 @@ def build_model(
             (Tallec and Ollivier 2018, "Can recurrent neural networks warp time?", section 2).
     """
     pooled = setting.window_loss == "pooled"
-    lstm = keras.layers.LSTM(units, stateful=True, return_sequences=pooled)
+    lstm = keras_tbptt.layers.LSTM(units, stateful=True, return_sequences=pooled)
     x = lstm(x)
     bias = lstm.cell.bias.numpy()
     bias[units : 2 * units] = forget_bias
@@ -151,8 +150,7 @@ def run_each(
 
 
 def _alone(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    # Products this small are slower on two threads than on one.
-    tf.config.threading.set_intra_op_parallelism_threads(1)
+    runner.use_cores()
     return {**work(*arguments), "peak_rss_mb": runner.peak_rss_mb()}
 
 

@@ -132,7 +132,11 @@ def run_cell(
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "TF_NUM_INTRAOP_THREADS": str(_cores())},
+                env={
+                    **os.environ,
+                    "TF_NUM_INTEROP_THREADS": str(_cores()),
+                    "TF_NUM_INTRAOP_THREADS": "1",
+                },
             )
             running.append(process)
         if process.wait():

@@ -9,7 +9,7 @@ if _keras.backend.backend() != "tensorflow":
         f"Received: KERAS_BACKEND={_keras.backend.backend()}"
     )
 
-from keras_tbptt import client, diagnostics, layers, losses, state, text
+from keras_tbptt import client, diagnostics, layers, losses, optimizers, state, text
 from keras_tbptt.backup import ExactBackup
 from keras_tbptt.callbacks import ResetStates
 from keras_tbptt.export import export_saved_model
@@ -28,6 +28,7 @@ __all__ = [
     "export_saved_model",
     "layers",
     "losses",
+    "optimizers",
     "state",
     "text",
 ]

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from keras_tbptt.layers import ConcatPooling
 from keras_tbptt.losses import FINAL_LOSSES, check_window_loss, window_weights
+from keras_tbptt.optimizers import LazyAdam
 from keras_tbptt.reach import WindowHistory, backpropagate, check_backprop_windows
 from keras_tbptt.state import (
     explicit_state,
@@ -355,7 +356,8 @@ class TBPTTModel(keras.Model):
             gradients = tape.gradient(scaled, self.trainable_variables)
             # An embedding's gradient comes in a slice a word read. Keras's optimizers would square,
             # and clip by, slices of the same word one by one instead of their sum.
-            gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
+            if not isinstance(self.optimizer, LazyAdam):
+                gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
             self.optimizer.apply(gradients, self.trainable_variables)
             return loss, y_pred
 
@@ -401,6 +403,7 @@ class TBPTTModel(keras.Model):
                 [variable.value for variable in self.trainable_variables],
                 window["states"],
                 crossings,
+                slices=isinstance(self.optimizer, LazyAdam),
             )
             self.optimizer.apply(gradients, self.trainable_variables)
             if not sliding:

@@ -133,7 +133,8 @@ def backpropagate(
     variables: Sequence[tf.Variable],
     states: Sequence[tf.Tensor],
     crossing: Sequence[float],
-) -> list[tf.Tensor]:
+    slices: bool = False,
+) -> list[tf.Tensor | tf.IndexedSlices]:
     """The gradient of the losses of the windows kept, through the boundaries between them.
 
     Each window is read once more, from the newest to the oldest, and its state hands the gradient
@@ -148,10 +149,13 @@ def backpropagate(
         states: Tensors in the shapes of the state.
         crossing: One factor per state tensor: what the gradient is multiplied with where it
             crosses a boundary.
+        slices: Whether to give the gradient of a variable of which rows are gathered, such as an
+            embedding, as `tf.IndexedSlices` of the rows that are not zero, each once.
 
     Returns:
-        A dense tensor per variable.
+        A tensor per variable, in the shape of the variable but for `slices`.
     """
+    gathered = set()
 
     def step(window, back, values):
         gradients, upstream = values
@@ -165,6 +169,7 @@ def backpropagate(
             output_gradients=[tf.ones_like(loss), *upstream],
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
+        gathered.update(i for i, g in enumerate(found) if isinstance(g, tf.IndexedSlices))
         found = [tf.convert_to_tensor(gradient) for gradient in found]
         kept = [
             tf.where(_rows(window["starts"], gradient), tf.zeros_like(gradient), gradient * factor)
@@ -173,7 +178,14 @@ def backpropagate(
         return [one + two for one, two in zip(gradients, found, strict=False)], kept
 
     zeros = [tf.zeros(variable.shape, variable.dtype) for variable in variables]
-    return history.walk_back(step, (zeros, [tf.zeros_like(state) for state in states]))[0]
+    upstream = [tf.zeros_like(state) for state in states]
+    gradients, _ = history.walk_back(step, (zeros, upstream))
+    return [_nonzero(g) if slices and i in gathered else g for i, g in enumerate(gradients)]
+
+
+def _nonzero(gradient: tf.Tensor) -> tf.IndexedSlices:
+    rows = tf.where(tf.reduce_any(gradient != 0, range(1, gradient.shape.rank)))[:, 0]
+    return tf.IndexedSlices(tf.gather(gradient, rows), rows, tf.shape(gradient, "int64"))
 
 
 def _rows(flags: tf.Tensor, tensor: tf.Tensor) -> tf.Tensor:

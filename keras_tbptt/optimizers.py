@@ -1,0 +1,95 @@
+"""Optimizers whose cost does not grow with the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+@keras.saving.register_keras_serializable(package="keras_tbptt")
+class LazyAdam(keras.optimizers.Adam):
+    """Adam that leaves the rows of an embedding alone while their words are not read.
+
+    Adam moves every row of an embedding at every step, since the momentum of a word that was read
+    once goes on for tens of steps. Lazy Adam updates momentum, velocity and weights of those rows
+    alone that have a gradient, which is not the same: for a word that is not in the window time
+    stands still. (The lazy variant of Keras's and TensorFlow's own documentation of Adam's "sparse
+    implementation", known as `LazyAdam` in TensorFlow Addons.) All other weights are updated as
+    Kingma and Ba 2015, "Adam: a method for stochastic optimization", algorithm 1, has it.
+
+    A step costs time in proportion to the words that are read in it, not to the vocabulary.
+
+    Args:
+        learning_rate: As in `keras.optimizers.Adam`.
+        **kwargs: As in `keras.optimizers.Adam`. `amsgrad=True` is refused; `weight_decay` and
+            `use_ema` walk all rows, lazy or not.
+
+    Raises:
+        ValueError: If `amsgrad=True`.
+    """
+
+    def __init__(self, learning_rate: Any = 0.001, **kwargs: Any):
+        if kwargs.get("amsgrad"):
+            raise ValueError(
+                "LazyAdam keeps no maximum of velocities: use keras.optimizers.Adam for it. "
+                "Received: amsgrad=True"
+            )
+        super().__init__(learning_rate, **kwargs)
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Updates a variable, for Keras.
+
+        Args:
+            gradient: A tensor, or `tf.IndexedSlices` of each row at most once.
+            variable: What is updated.
+            learning_rate: A scalar.
+        """
+        if not isinstance(gradient, tf.IndexedSlices):
+            super().update_step(gradient, variable, learning_rate)
+            return
+        if self._distribution_strategy.num_replicas_in_sync > 1:
+            gradient = sum_slices(gradient)  # replicas may have read the same words
+        index = self._get_variable_index(variable)
+        dtype, rows = variable.dtype, gradient.indices
+        values = tf.cast(gradient.values, dtype)
+        momentum, velocity = self._momentums[index].value, self._velocities[index].value
+
+        step = tf.cast(self.iterations + 1, dtype)
+        beta_1, beta_2 = tf.cast(self.beta_1, dtype), tf.cast(self.beta_2, dtype)
+        rate = tf.cast(learning_rate, dtype)
+        rate *= tf.sqrt(1 - beta_2**step) / (1 - beta_1**step)
+        m = tf.gather(momentum, rows) * beta_1 + values * (1 - beta_1)
+        v = tf.gather(velocity, rows) * beta_2 + tf.square(values) * (1 - beta_2)
+        momentum.scatter_update(tf.IndexedSlices(m, rows))
+        velocity.scatter_update(tf.IndexedSlices(v, rows))
+        variable.scatter_sub(tf.IndexedSlices(rate * m / (tf.sqrt(v) + self.epsilon), rows))
+
+    def _clip_gradients(self, grads: Sequence[Any]) -> list[Any]:
+        # Keras would make slices dense, or clip by the norm of a word's several slices.
+        grads = [sum_slices(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]
+        clipped = super()._clip_gradients([_values(g) for g in grads])
+        return [
+            tf.IndexedSlices(c, g.indices, g.dense_shape) if isinstance(g, tf.IndexedSlices) else c
+            for g, c in zip(grads, clipped, strict=True)
+        ]
+
+
+def sum_slices(gradient: tf.IndexedSlices) -> tf.IndexedSlices:
+    """The same gradient, with all slices of a row summed into one.
+
+    Args:
+        gradient: With rows in any order, repeated or not.
+
+    Returns:
+        `tf.IndexedSlices` in which no row occurs twice.
+    """
+    rows, place = tf.unique(gradient.indices)
+    values = tf.math.unsorted_segment_sum(gradient.values, place, tf.size(rows))
+    return tf.IndexedSlices(values, rows, gradient.dense_shape)
+
+
+def _values(gradient: Any) -> Any:
+    return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient

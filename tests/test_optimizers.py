@@ -1,0 +1,103 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from toys import compiled, random_documents, random_labels, token_model
+
+import keras_tbptt
+from keras_tbptt.optimizers import LazyAdam, sum_slices
+
+SHAPE = (6, 2)
+
+
+def slices(rows, seed=0):
+    values = np.random.default_rng(seed).normal(size=(len(rows), SHAPE[1])).astype("float32")
+    return tf.IndexedSlices(tf.constant(values), tf.constant(rows), tf.constant(SHAPE))
+
+
+def table():
+    return keras.Variable(np.arange(12, dtype="float32").reshape(SHAPE))
+
+
+def test_every_row_is_adams_as_if_the_steps_without_it_had_not_been():
+    lazy, w = LazyAdam(0.1), table()
+    batches = [slices([1, 4], 0), slices([4], 1), slices([2, 1], 2), slices([4, 1], 3)]
+    m, v = np.zeros(SHAPE), np.zeros(SHAPE)
+    expected = w.numpy().astype("float64")
+    for t, batch in enumerate(batches, 1):
+        lazy.apply([batch], [w])
+        for row, g in zip(batch.indices.numpy(), batch.values.numpy(), strict=True):
+            m[row] = 0.9 * m[row] + 0.1 * g
+            v[row] = 0.999 * v[row] + 0.001 * g**2
+            corrected = m[row] / (1 - 0.9**t), v[row] / (1 - 0.999**t)
+            expected[row] -= 0.1 * corrected[0] / (np.sqrt(corrected[1]) + 1e-7)
+    np.testing.assert_allclose(w.numpy(), expected, rtol=1e-4)
+    np.testing.assert_array_equal(w.numpy()[[0, 3, 5]], table().numpy()[[0, 3, 5]])
+
+
+@pytest.mark.parametrize(
+    "clip", [{}, {"clipnorm": 0.5}, {"global_clipnorm": 0.5}, {"clipvalue": 0.1}]
+)
+def test_where_all_rows_are_read_it_is_adam(clip):
+    lazy, adam = LazyAdam(0.1, **clip), keras.optimizers.Adam(0.1, **clip)
+    w, dense = table(), table()
+    for seed in range(3):
+        batch = slices([0, 1, 2, 3, 4, 5, 3, 1, 1], seed)
+        lazy.apply([batch], [w])
+        adam.apply([tf.convert_to_tensor(batch)], [dense])
+    np.testing.assert_allclose(w.numpy(), dense.numpy(), rtol=1e-5)
+
+
+def test_dense_gradients_are_adams():
+    lazy, adam = LazyAdam(0.1), keras.optimizers.Adam(0.1)
+    w, dense = table(), table()
+    for seed in range(3):
+        gradient = tf.convert_to_tensor(slices([2, 5], seed))
+        lazy.apply([gradient], [w])
+        adam.apply([gradient], [dense])
+    np.testing.assert_array_equal(w.numpy(), dense.numpy())
+
+
+def test_slices_of_a_row_are_summed():
+    batch = slices([3, 0, 3, 3])
+    summed = sum_slices(batch)
+    np.testing.assert_array_equal(np.sort(summed.indices), [0, 3])
+    np.testing.assert_allclose(tf.convert_to_tensor(summed), tf.convert_to_tensor(batch), rtol=1e-6)
+
+
+@pytest.mark.parametrize("reach", [1, 2, "all"])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_words_that_are_not_read_stay_as_they_are(reach, jit_compile):
+    if jit_compile and reach != 1:
+        pytest.skip("XLA with reach is refused")
+    model = compiled(
+        token_model(backprop_windows=reach), LazyAdam(0.1, clipnorm=1.0), jit_compile=jit_compile
+    )
+    embedding = model.layers[1]
+    model.fit(  # gives every word a momentum
+        keras_tbptt.DocumentWindows(
+            random_documents(8, 20), random_labels(8), window=5, lanes=4, packing="aligned"
+        ),
+        verbose=0,
+    )
+    before = embedding.get_weights()[0]
+    windows = keras_tbptt.DocumentWindows(
+        [[1, 2, 1, 3, 1, 2, 3]] * 4, [0, 1, 0, 1], window=5, lanes=4, packing="aligned"
+    )
+    model.fit(windows, verbose=0)
+    moved = (embedding.get_weights()[0] != before).any(axis=1)
+    assert moved[[1, 2, 3]].all() and not moved[4:].any()
+
+
+def test_it_is_saved_and_loaded_with_its_model(tmp_path):
+    model = compiled(token_model(), LazyAdam(0.01, clipnorm=1.0))
+    model.optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras").optimizer
+    assert isinstance(loaded, LazyAdam)
+    assert loaded.get_config() == model.optimizer.get_config()
+
+
+def test_amsgrad_is_refused():
+    with pytest.raises(ValueError, match="Received: amsgrad=True"):
+        LazyAdam(amsgrad=True)
