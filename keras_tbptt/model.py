@@ -273,7 +273,7 @@ class TBPTTModel(keras.Model):
             rows are windows of documents.
         """
         dataset = self._windows_dataset(x) if isinstance(x, DocumentWindows) else x
-        with preserve_states(self), _preserve_epoch(x):
+        with preserve_states(self), _preserve_epoch(x), _single_steps(self):
             return super().predict(dataset, *args, **kwargs)
 
     def predict_documents(self, documents: Any, offsets: Any = None, verbose: Any = 0) -> Any:
@@ -684,6 +684,16 @@ def _preserve_epoch(windows: Any) -> Iterator[None]:
     finally:
         if epoch is not None:
             windows.epoch = epoch
+
+
+@contextlib.contextmanager
+def _single_steps(model: keras.Model) -> Iterator[None]:
+    """Keras's `predict` would build the model once for each of `steps_per_execution`."""
+    steps, model.steps_per_execution = model.steps_per_execution, 1
+    try:
+        yield
+    finally:
+        model.steps_per_execution = steps
 
 
 def _has_flags(x: Any) -> bool:

@@ -247,6 +247,19 @@ def test_prediction_leaves_the_state_of_training_alone():
         np.testing.assert_array_equal(one, other)
 
 
+def test_prediction_builds_one_step_however_many_an_execution_has(monkeypatch):
+    traced = []
+    step = TBPTTModel.predict_step
+    monkeypatch.setattr(
+        TBPTTModel, "predict_step", lambda self, data: traced.append(0) or step(self, data)
+    )
+    model = compiled(token_model(), steps_per_execution=5)
+    expected = compiled(token_model()).predict_documents(random_documents())
+    traced.clear()
+    np.testing.assert_array_equal(model.predict_documents(random_documents()), expected)
+    assert len(traced) == 1 and model.steps_per_execution == 5
+
+
 def test_evaluating_the_training_windows_leaves_their_order_alone():
     model = compiled(token_model())
     windows = windows_for(model, shuffle=True, seed=1)

@@ -329,6 +329,13 @@ def test_windows_cannot_be_shuffled():
 
 
 @pytest.mark.parametrize("flags", [False, True])
+def test_the_end_of_an_epoch_waits_for_no_tuner(flags):
+    """tf.data's tuner sleeps for up to 41 s, and letting go of the iterator waits for it."""
+    windows = DocumentWindows([[1, 2, 3]], [0], window=2, lanes=1)
+    assert windows.dataset(flags=flags).options().autotune.enabled is False
+
+
+@pytest.mark.parametrize("flags", [False, True])
 def test_a_dataset_keeps_its_documents_and_lets_go_of_them(flags):
     windows = DocumentWindows([[1, 2, 3]], [0], window=2, lanes=1)
     dataset, there = windows.dataset(flags=flags).take(2), weakref.ref(windows)
