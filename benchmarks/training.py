@@ -1,0 +1,382 @@
+"""What training costs: keras_tbptt, stock Keras and PyTorch's usual recipe, in turn.
+
+    python -m benchmarks.training --torch_python path/to/python
+
+Every measurement is a process of its own; all ways are measured in turn, --repeats times; figures
+are medians, and ratios medians of the ratios within a turn. Parts (`--parts`):
+
+- `lstm`: forward and backward pass of the layer alone, at each of --points, and the share of
+  the matrix-product peak, measured in the same turns, that its products reach.
+- `reviews`: an epoch over real reviews, real words a second, with each of --lanes.
+- `window_losses`: an epoch with the loss at the last window, against one at every window.
+- `memory`: peak memory of training on one document of a million words, and on short ones.
+- `accuracy`: seconds of the whole command, from raw strings to a test accuracy: the main job,
+  `experiments.imdb`, and PyTorch's recipe, which stops after the epoch that reaches --target.
+
+`with_keras.py` and `with_torch.py` have the sizes and recipes. The texts of the reviews go to
+PyTorch in a temporary file.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from absl import flags
+
+from experiments import data, runner
+from keras_tbptt import text
+
+ROOT = pathlib.Path(__file__).parent.parent
+PARTS = ("lstm", "reviews", "window_losses", "memory", "accuracy")
+
+flags.DEFINE_list("parts", list(PARTS), "What to measure.")
+flags.register_validator(
+    "parts", lambda parts: set(parts) <= set(PARTS), f"must be of {', '.join(PARTS)}"
+)
+flags.DEFINE_list(
+    "points",
+    [
+        *("128x30x64", "256x30x64", "512x30x64", "256x100x64", "256x400x64"),
+        *("256x30x32", "256x30x128", "512x30x128"),
+    ],
+    "For `lstm`: units x window x lanes.",
+)
+flags.DEFINE_list("lanes", ["32", "64", "128"], "For `reviews`: documents side by side.")
+flags.DEFINE_integer("units", 256, "Units of the LSTM, but for `lstm`.", 1)
+flags.DEFINE_integer("embedding", 100, "Size of the embedding.", 1)
+flags.DEFINE_integer("vocab_size", 10_000, "Words of the embedding.", 3)
+flags.DEFINE_integer("window", 30, "Steps in a window (K), but for `lstm`.", 1)
+flags.DEFINE_integer("limit", 4_000, "Reviews in an epoch of `reviews`.", 1)
+flags.DEFINE_float("target", 0.885, "Test accuracy at which PyTorch's recipe stops.", 0, 1)
+flags.DEFINE_integer("epochs", 5, "Epochs after which it stops in any case.", 1)
+flags.DEFINE_integer("repeats", 3, "Turns.", 1)
+flags.DEFINE_string("data_dir", None, "tensorflow-datasets' directory; its default if not given.")
+flags.DEFINE_string(
+    "torch_python", sys.executable,
+    "The Python that has PyTorch, if it has an environment of its own; '' leaves PyTorch out.",
+)  # fmt: skip
+flags.adopt_module_key_flags(runner)
+FLAGS = flags.FLAGS
+
+OURS, STOCK, TORCH = "keras_tbptt", "keras", "torch"
+THREADS = "keras, our threads"
+Task = dict[str, Any]
+
+
+def tasks(files: dict[str, str]) -> Iterator[Task]:
+    """Everything that is measured in one turn.
+
+    Args:
+        files: The paths of the `texts`, of the `ids` of some and of `all_ids`.
+
+    Yields:
+        What `with_keras.py` and `with_torch.py` take: `part`, `way`, `point` (its name in tables),
+        sizes and files.
+    """
+    torch = (TORCH,) if FLAGS.torch_python else ()
+    base = {
+        **{name: getattr(FLAGS, name) for name in ("units", "embedding", "vocab_size", "window")},
+        **{"lanes": 64, "seed": FLAGS.seed, "window_loss": "per_window"},
+    }
+    if "lstm" in FLAGS.parts:
+        yield {**base, "part": "peak", "way": STOCK, "point": "peak"}
+        for point in FLAGS.points:
+            units, window, lanes = map(int, point.split("x"))
+            sizes = {"units": units, "window": window, "lanes": lanes}
+            calls = max(10, round(2e11 / _flops({**base, **sizes})))  # about a second
+            for way in (OURS, STOCK, THREADS, *torch):
+                yield {**base, **sizes, "part": "lstm", "way": way, "point": point, "calls": calls}
+    if "reviews" in FLAGS.parts:
+        for lanes in FLAGS.lanes:
+            sizes = {"lanes": int(lanes), "ids": files["ids"]}
+            for way in (OURS, STOCK, *torch):
+                yield {**base, **sizes, "part": "reviews", "way": way, "point": f"{lanes} lanes"}
+    if "window_losses" in FLAGS.parts:
+        for loss in ("per_window", "final_only"):
+            epoch = {"part": "window_losses", "way": OURS, "point": loss, "ids": files["all_ids"]}
+            yield {**base, **epoch, "window_loss": loss}
+    if "memory" in FLAGS.parts:
+        for steps in (1_000, 1_000_000):
+            sizes = {"units": 64, "embedding": 64, "lanes": 4, "window": 100, "steps": steps}
+            yield {**base, **sizes, "part": "memory", "way": OURS, "point": f"{steps:,} steps"}
+    if "accuracy" in FLAGS.parts:
+        yield {**base, "part": "accuracy", "way": OURS, "point": "main job"}
+        if torch:
+            run = {"target": FLAGS.target, "epochs": FLAGS.epochs, "texts": files["texts"]}
+            # The recipe's own batch.
+            yield {
+                **base,
+                **run,
+                "part": "accuracy",
+                "way": TORCH,
+                "point": "main job",
+                "lanes": 32,
+            }
+
+
+def _flops(task: Task) -> int:
+    """Of the products of a window: each weight is multiplied once forwards, twice backwards."""
+    weights = 4 * task["units"] * (task["embedding"] + task["units"])
+    return 3 * 2 * weights * task["window"] * task["lanes"]
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """Measures in a process of its own.
+
+    Args:
+        task: One of `tasks`.
+
+    Returns:
+        What it found, with the `seconds` of the whole process.
+
+    Raises:
+        experiments.runner.RunError: If the process fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if task["way"] == TORCH:
+            command = [FLAGS.torch_python, str(ROOT / "benchmarks/with_torch.py"), json.dumps(task)]
+        elif task["part"] == "accuracy":
+            command = [sys.executable, "-m", "experiments.imdb", f"--window={task['window']}"]
+            command += ["--data=imdb_reviews", f"--seed={task['seed']}", "--export_dir="]
+            command += [f"--run_dir={folder}", f"--data_dir={FLAGS.data_dir}"]
+            command = command if FLAGS.data_dir else command[:-1]
+        else:
+            command = [sys.executable, "-m", "benchmarks.with_keras", json.dumps(task)]
+        began = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        seconds = time.perf_counter() - began
+        if done.returncode:
+            raise runner.RunError(
+                f"A measurement with {task['way']} failed; for PyTorch name an interpreter that "
+                "has it with --torch_python, or leave it out with --torch_python ''. "
+                f"Received: {done.stderr.strip()[-500:]}"
+            )
+        if task["part"] == "accuracy" and task["way"] == OURS:
+            results = json.loads((pathlib.Path(folder) / "results.json").read_text("utf-8"))
+            found = {"accuracy": results["test_accuracy"]}
+        else:
+            found = json.loads(done.stdout.splitlines()[-1])
+    return {**found, "seconds": seconds}
+
+
+def prepare(folder: pathlib.Path) -> dict[str, str]:
+    """Writes the reviews for the processes that read them.
+
+    Args:
+        folder: Where to.
+
+    Returns:
+        The paths that `tasks` takes.
+    """
+    if not {"reviews", "window_losses", "accuracy"} & set(FLAGS.parts):
+        return dict.fromkeys(("texts", "ids", "all_ids"), "")
+    corpus = data.load("imdb_reviews", FLAGS.data_dir, None, 1e-9, FLAGS.seed)
+    vectorizer = text.make_vectorizer(corpus.train.texts, FLAGS.vocab_size)
+    documents = text.encode(vectorizer, corpus.train.texts)
+    every = np.arange(len(corpus.train.labels))
+    some = np.random.default_rng(FLAGS.seed).permutation(every)[: FLAGS.limit]
+    files = {"texts": folder / "texts.json"}
+    for name, rows in (("ids", some), ("all_ids", every)):
+        files[name] = folder / f"{name}.npz"
+        chosen = tf.gather(documents, rows)
+        np.savez(
+            files[name],
+            ids=chosen.flat_values,
+            offsets=chosen.row_splits,
+            labels=corpus.train.labels[rows],
+        )
+    splits = {
+        name: ([t.decode("utf-8", "replace") for t in split.texts], split.labels.tolist())
+        for name, split in (("train", corpus.train), ("test", corpus.test))
+    }
+    files["texts"].write_text(json.dumps(splits), encoding="utf-8")
+    return {name: str(path) for name, path in files.items()}
+
+
+class Measurements:
+    """What was measured, by part, point and way, one value a turn.
+
+    Args:
+        records: Tasks with what was found, in the order measured.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]]):
+        self.records = records
+
+    def values(self, part: str, point: str, way: str, name: str) -> np.ndarray:
+        """float64 `[turns]`, empty if there are none."""
+        key = (part, point, way)
+        found = [r[name] for r in self.records if (r["part"], r["point"], r["way"]) == key]
+        return np.array(found, "float64")
+
+    def points(self, part: str) -> list[str]:
+        """The points of a part, in order."""
+        return list(dict.fromkeys(r["point"] for r in self.records if r["part"] == part))
+
+    def ways(self, part: str) -> list[str]:
+        """The ways of a part, in order."""
+        return list(dict.fromkeys(r["way"] for r in self.records if r["part"] == part))
+
+
+def report_grid(found: Measurements, part: str, name: str, title: str, ours_first: bool) -> None:
+    """Prints a value of each way at each point, and the ratios to ours.
+
+    Args:
+        found: The measurements.
+        part: Which part.
+        name: Which value.
+        title: The headline.
+        ours_first: Whether ours is divided by the others', as where more is better.
+    """
+    ways, rows = found.ways(part), []
+    others = [way for way in ways if way != OURS]
+    for point in found.points(part):
+        values = {way: found.values(part, point, way, name) for way in ways}
+        peaks = [f"{np.median(found.values(part, point, way, 'peak_mb')):,.0f}" for way in ways]
+        cells = [f"{np.median(values[way]):,.{0 if ours_first else 1}f}" for way in ways]
+        if part == "lstm":
+            cells.append(f"{np.median(peak_share(found, point, OURS)):.2f}")
+        for way in others:
+            ratio = values[OURS] / values[way] if ours_first else values[way] / values[OURS]
+            cells.append(f"{np.median(ratio):.2f}")
+        rows.append((point, *cells, " / ".join(peaks)))
+    columns = ["", *ways, *(["of peak"] if part == "lstm" else [])]
+    columns += [f"{OURS} / {way}" if ours_first else f"{way} / {OURS}" for way in others]
+    runner.print_rows(title, [*columns, "peak MB"], rows)
+
+
+def peak_share(found: Measurements, point: str, way: str) -> np.ndarray:
+    """The rate of the layer's products over the matrix-product peak, by turn.
+
+    Args:
+        found: The measurements.
+        point: A point of `lstm`.
+        way: Whose.
+    """
+    task = next(r for r in found.records if r["part"] == "lstm" and r["point"] == point)
+    rate = _flops(task) / (1e6 * found.values("lstm", point, way, "ms"))
+    return rate / found.values("peak", "peak", STOCK, "gflops")
+
+
+def report(found: Measurements) -> None:
+    """Prints the tables of all parts.
+
+    Args:
+        found: The measurements.
+    """
+    parts = found.points
+    turns = f"medians of {FLAGS.repeats}"
+    if parts("lstm"):
+        peak = np.median(found.values("peak", "peak", STOCK, "gflops"))
+        title = f"LSTM alone, units x window x lanes: ms, {turns}; peak {peak:.0f} GFLOP/s"
+        report_grid(found, "lstm", "ms", title, ours_first=False)
+    if parts("reviews"):
+        title = (
+            f"An epoch over {FLAGS.limit:,} reviews, {FLAGS.units} units, window {FLAGS.window}: "
+            f"real words a second, {turns}"
+        )
+        report_grid(found, "reviews", "tokens_per_second", title, ours_first=True)
+        best = {
+            way: np.max(
+                [found.values("reviews", p, way, "tokens_per_second") for p in parts("reviews")], 0
+            )
+            for way in found.ways("reviews")
+        }
+        rows = {
+            f"{OURS} / {way}": f"{np.median(best[OURS] / best[way]):.2f}"
+            for way in best
+            if way != OURS
+        }
+        runner.print_table("Each with its best number of lanes", rows)
+    if parts("window_losses"):
+        rates = [
+            found.values("window_losses", loss, OURS, "tokens_per_second")
+            for loss in ("per_window", "final_only")
+        ]
+        rows = {"final_only / per_window": f"{np.median(rates[0] / rates[1]):.3f}"}
+        runner.print_table(f"Seconds of an epoch over all reviews, {turns}", rows)
+    if parts("memory"):
+        rows = {
+            point: f"{np.median(found.values('memory', point, OURS, 'peak_mb')):,.0f} MB"
+            for point in parts("memory")
+        }
+        runner.print_table(f"Peak memory by length of the documents, {turns}", rows)
+    if parts("accuracy"):
+        rows = [
+            (way, *(f"{np.median(found.values('accuracy', 'main job', way, name)):.{digits}f}"
+                    for name, digits in (("seconds", 0), ("accuracy", 4))))
+            for way in found.ways("accuracy")
+        ]  # fmt: skip
+        if TORCH in found.ways("accuracy"):
+            seconds = [found.values("accuracy", "main job", w, "seconds") for w in (OURS, TORCH)]
+            rows.append((f"{OURS} / {TORCH}", f"{np.median(seconds[0] / seconds[1]):.2f}", ""))
+        title = f"From raw strings to a test accuracy, {turns}"
+        runner.print_rows(title, ("", "seconds", "test accuracy"), rows)
+
+
+def draw(found: Measurements, directory: runner.RunDirectory) -> None:
+    """Draws the parts that compare ways.
+
+    Args:
+        found: The measurements.
+        directory: Where to.
+    """
+    if found.points("lstm"):
+        with runner.figure(directory / "lstm.png") as axes:
+            heights = {
+                way: [np.median(peak_share(found, p, way)) for p in found.points("lstm")]
+                for way in found.ways("lstm")
+            }
+            _bars(axes, found.points("lstm"), heights)
+            axes.set(ylabel="share of the matrix-product peak", xlabel="units x window x lanes")
+    if found.points("reviews"):
+        with runner.figure(directory / "reviews.png") as axes:
+            heights = {
+                way: [
+                    np.median(found.values("reviews", p, way, "tokens_per_second"))
+                    for p in found.points("reviews")
+                ]
+                for way in found.ways("reviews")
+            }
+            _bars(axes, found.points("reviews"), heights)
+            axes.set(ylabel="real words a second")
+
+
+def _bars(axes: Any, points: list[str], heights: dict[str, list[float]]) -> None:
+    width = 0.8 / len(heights)
+    for i, (way, values) in enumerate(heights.items()):
+        axes.bar(np.arange(len(points)) + i * width, values, width, label=way)
+    axes.set_xticks(np.arange(len(points)) + 0.4 - width / 2, points, rotation=30, ha="right")
+    axes.tick_params(labelsize="small")
+    axes.legend(fontsize="small")
+
+
+def main() -> None:
+    """Measures, draws and prints."""
+    directory = runner.RunDirectory("training", f"units{FLAGS.units}", resumable=False)
+    records: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = prepare(pathlib.Path(folder))
+        for turn in range(FLAGS.repeats):
+            for task in tasks(files):
+                result = measure(task)
+                records.append({**task, **result, "turn": turn})
+                directory.write_results({"versions": runner.versions(), "measurements": records})
+                shown = {k: round(v, 4) for k, v in result.items() if isinstance(v, (int, float))}
+                print(turn + 1, task["part"], task["point"], task["way"], shown, flush=True)
+    found = Measurements(records)
+    report(found)
+    draw(found, directory)
+
+
+if __name__ == "__main__":
+    runner.run(main)

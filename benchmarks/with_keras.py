@@ -1,0 +1,147 @@
+"""keras_tbptt and stock Keras, measured in this process; `benchmarks.training` runs it.
+
+    python -m benchmarks.with_keras '{"part": "lstm", "way": "keras", ...}'
+
+Stock Keras is `keras.layers.LSTM(stateful=True)` in a functional model, with Keras's Adam and
+TensorFlow's own choice of threads, on the same windows, reset by `ResetStates`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_tbptt
+from experiments import runner
+
+
+def peak(task: dict[str, Any]) -> dict[str, float]:
+    """The best rate of a float32 matrix product."""
+    a, b = tf.random.normal((2048, 2048)), tf.random.normal((2048, 2048))
+    seconds = min(_times(tf.function(lambda: tf.reduce_sum(tf.matmul(a, b))), 30))
+    return {"gflops": 2 * 2048**3 / seconds / 1e9}
+
+
+def lstm(task: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds of forward and backward pass of the layer alone, over one window."""
+    lanes, window, size = task["lanes"], task["window"], task["embedding"]
+    module = keras_tbptt.layers if task["way"] == "keras_tbptt" else keras.layers
+    layer = module.LSTM(task["units"], stateful=True)
+    x = tf.random.normal((lanes, window, size))
+    lengths = np.full(lanes, window)
+    lengths[0] = window // 2  # as in training: hardly a row is padded, but any may be
+    mask = tf.sequence_mask(lengths, window)
+    layer.build(x.shape)
+
+    @tf.function
+    def step() -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(layer(x, mask=mask, training=True))
+        return tape.gradient(loss, [x, *layer.trainable_weights])
+
+    return {"ms": 1_000 * float(np.median(_times(step, task["calls"])[2:]))}
+
+
+def _times(function: Callable[[], Any], calls: int) -> list[float]:
+    function()
+    times = []
+    for _ in range(calls):
+        began = time.perf_counter()
+        tf.nest.map_structure(np.asarray, function())
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def reviews(task: dict[str, Any]) -> dict[str, float]:
+    """Real tokens a second in an epoch over documents that are ids already."""
+    data = np.load(task["ids"])
+    ids, offsets, labels = (data[name] for name in ("ids", "offsets", "labels"))
+    train = _windows(task, ids, offsets, labels)
+    few = 4 * task["lanes"]
+    fit = _build(task)
+    fit(_windows(task, ids, offsets[: few + 1], labels[:few]))  # builds the graphs
+    began = time.perf_counter()
+    fit(train)
+    return {"tokens_per_second": train.num_steps / (time.perf_counter() - began)}
+
+
+def memory(task: dict[str, Any]) -> dict[str, float]:
+    """Trains on documents of a length, in `lanes` lanes; the peak is in every answer."""
+    documents = max(task["lanes"], 40_000 // task["steps"])
+    if task["steps"] >= 1_000_000:
+        documents = 1
+    rng = np.random.default_rng(task["seed"])
+    ids = rng.integers(1, task["vocab_size"], documents * task["steps"], dtype="int32")
+    offsets = task["steps"] * np.arange(documents + 1)
+    fit = _build(task)
+    windows = _windows(task, ids, offsets, np.ones(documents))
+    fit(windows)
+    return {"windows": len(windows)}
+
+
+def _windows(task: dict[str, Any], ids: Any, offsets: Any, labels: Any) -> Any:
+    return keras_tbptt.DocumentWindows(
+        ids[: offsets[-1]],
+        labels,
+        offsets=offsets,
+        window=task["window"],
+        lanes=task["lanes"],
+        shuffle=True,
+        seed=task["seed"],
+        packing="aligned" if task["window_loss"] == "final_only" else "packed",
+    )
+
+
+def _build(task: dict[str, Any]) -> Callable[[Any], Any]:
+    """Trains a model for an epoch."""
+    ours = task["way"] == "keras_tbptt"
+    tokens = keras.Input(batch_shape=(task["lanes"], task["window"]), dtype="int32")
+    x = keras.layers.Embedding(task["vocab_size"], task["embedding"], mask_zero=True)(tokens)
+    x = keras.layers.Dropout(0.1)(x)
+    module = keras_tbptt.layers if ours else keras.layers
+    x = module.LSTM(task["units"], stateful=True)(x)
+    x = keras.layers.Dropout(0.1)(x)
+    outputs = keras.layers.Dense(1, activation="sigmoid")(x)
+    if ours:
+        model = keras_tbptt.TBPTTModel(tokens, outputs, window_loss=task["window_loss"])
+        optimizer = keras_tbptt.optimizers.LazyAdam(1e-3)
+    else:
+        model = keras.Model(tokens, outputs)
+        optimizer = keras.optimizers.Adam(1e-3)
+    model.compile(
+        optimizer,
+        "binary_crossentropy",
+        weighted_metrics=["accuracy"],
+        steps_per_execution=16 if ours else 1,  # more would hide resets from `ResetStates`
+    )
+
+    def fit(windows: keras_tbptt.DocumentWindows) -> Any:
+        if ours:
+            return model.fit(windows, verbose=0)
+        resets = keras_tbptt.ResetStates(windows)
+        return model.fit(windows.dataset(), shuffle=False, verbose=0, callbacks=[resets])
+
+    return fit
+
+
+def main() -> None:
+    task = json.loads(sys.argv[1])
+    if task["way"] != "keras":
+        runner.use_cores()
+    keras.utils.set_random_seed(task["seed"])
+    parts = {"peak": peak, "lstm": lstm, "reviews": reviews, "memory": memory}
+    parts["window_losses"] = reviews
+    found = parts[task["part"]](task)
+    print(json.dumps({**found, "peak_mb": runner.peak_rss_mb()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""PyTorch's usual recipe for truncated backpropagation, measured in this process.
+
+`benchmarks.training` runs it with a task as JSON; it needs `torch` and `numpy` alone.
+
+The recipe is the one that tutorials copy (after ksopyla's `lstm_imdb_tbptt.py`): words by
+`lower().split()`, the most frequent of them as the vocabulary, batches of similar length, padded;
+each batch is split every K steps, the state is carried and detached, and every window takes a
+loss and an Adam step. It reads the padding, too, in training and in evaluation.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import random
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Classifier(torch.nn.Module):
+    def __init__(self, task: dict[str, Any]):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(task["vocab_size"], task["embedding"])
+        self.dropout = torch.nn.Dropout(0.1)
+        self.lstm = torch.nn.LSTM(task["embedding"], task["units"])
+        self.head = torch.nn.Linear(task["units"], 2)
+
+    def forward(self, words: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        outputs, state = self.lstm(self.dropout(self.embedding(words)), state)
+        return self.head(self.dropout(outputs[-1])), state
+
+
+def lstm(task: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds of forward and backward pass of the layer alone, over one window."""
+    layer = torch.nn.LSTM(task["embedding"], task["units"])
+    x = torch.randn(task["window"], task["lanes"], task["embedding"], requires_grad=True)
+    state = tuple(torch.zeros(1, task["lanes"], task["units"]) for _ in range(2))
+
+    def step() -> None:
+        layer.zero_grad()
+        x.grad = None
+        layer(x, state)[0][-1].sum().backward()
+
+    times = []
+    for _ in range(task["calls"]):
+        began = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - began)
+    return {"ms": 1_000 * float(np.median(times[2:]))}
+
+
+def reviews(task: dict[str, Any]) -> dict[str, float]:
+    """Real tokens a second in an epoch over documents that are ids already."""
+    data = np.load(task["ids"])
+    documents = np.split(data["ids"], data["offsets"][1:-1])
+    documents = [torch.from_numpy(d.astype("int64")) for d in documents]
+    labels = torch.from_numpy(data["labels"].astype("int64"))
+    train = Trainer(task)
+    train.epoch(documents[: task["lanes"]], labels)
+    began = time.perf_counter()
+    train.epoch(documents, labels)
+    return {"tokens_per_second": len(data["ids"]) / (time.perf_counter() - began)}
+
+
+def accuracy(task: dict[str, Any]) -> dict[str, Any]:
+    """Test accuracy after each epoch, until one reaches the target, from raw strings on."""
+    with open(task["texts"], encoding="utf-8") as file:
+        splits = json.load(file)
+    (train, train_labels), (test, test_labels) = splits["train"], splits["test"]
+    train, test = ([text.lower().split() for text in texts] for texts in (train, test))
+    counts = collections.Counter(word for text in train for word in text)
+    common = [word for word, count in counts.most_common(task["vocab_size"] - 2) if count >= 10]
+    ids = {word: 2 + i for i, word in enumerate(common)}  # 0 pads, 1 is unknown
+    train, test = (
+        [torch.tensor([ids.get(word, 1) for word in text]) for text in texts]
+        for texts in (train, test)
+    )
+    train_labels, test_labels = torch.tensor(train_labels), torch.tensor(test_labels)
+    trainer, epochs = Trainer(task), []
+    for _ in range(task["epochs"]):
+        trainer.epoch(train, train_labels)
+        epochs.append(trainer.accuracy(test, test_labels))
+        if epochs[-1] >= task["target"]:
+            break
+    return {"accuracy": epochs[-1], "epochs": epochs}
+
+
+class Trainer:
+    def __init__(self, task: dict[str, Any]):
+        self.window, self.lanes = task["window"], task["lanes"]
+        self.model = Classifier(task)
+        self.optimizer = torch.optim.Adam(self.model.parameters())
+        self.loss = torch.nn.CrossEntropyLoss()
+
+    def batches(self, documents: list[torch.Tensor], shuffle: bool) -> list[list[int]]:
+        order = list(range(len(documents)))
+        if shuffle:
+            random.shuffle(order)
+        found = []
+        for begin in range(0, len(order), 100 * self.lanes):
+            pool = sorted(order[begin : begin + 100 * self.lanes], key=lambda i: -len(documents[i]))
+            found += [pool[i : i + self.lanes] for i in range(0, len(pool), self.lanes)]
+        if shuffle:
+            random.shuffle(found)
+        return found
+
+    def epoch(self, documents: list[torch.Tensor], labels: torch.Tensor) -> None:
+        self.model.train()
+        for batch in self.batches(documents, shuffle=True):
+            words = torch.nn.utils.rnn.pad_sequence([documents[i] for i in batch])
+            state = None
+            for window in words.split(self.window):
+                self.model.zero_grad()
+                predicted, state = self.model(window, state)
+                self.loss(predicted, labels[batch]).backward()
+                self.optimizer.step()
+                state = tuple(part.detach() for part in state)
+
+    def accuracy(self, documents: list[torch.Tensor], labels: torch.Tensor) -> float:
+        self.model.eval()
+        right = 0
+        with torch.no_grad():
+            for batch in self.batches(documents, shuffle=False):
+                words = torch.nn.utils.rnn.pad_sequence([documents[i] for i in batch])
+                predicted = self.model(words, None)[0].argmax(1)
+                right += int((predicted == labels[batch]).sum())
+        return right / len(documents)
+
+
+def main() -> None:
+    task = json.loads(sys.argv[1])
+    random.seed(task["seed"])
+    torch.manual_seed(task["seed"])
+    found = {"lstm": lstm, "reviews": reviews, "accuracy": accuracy}[task["part"]](task)
+    with open("/proc/self/status", encoding="utf-8") as status:
+        found["peak_mb"] = int(status.read().split("VmHWM:")[1].split()[0]) / 2**10
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
