@@ -13,8 +13,8 @@ __all__ = ["LSTM", "ConcatPooling"]
 # Steps in one iteration of the loop; as a whole that is so much graph to build and to optimise.
 _UNROLLED = 32
 
-# Below this many lanes a matrix product is too thin to be worth a thread of its own.
-_LANES_PER_GROUP = 16
+# Below this many units or lanes a matrix product is too thin to be worth a thread of its own.
+_UNITS_PER_PART, _LANES_PER_GROUP = 128, 16
 
 
 @keras.saving.register_keras_serializable(package="keras_tbptt")
@@ -28,8 +28,10 @@ class LSTM(keras.layers.LSTM):
     - has its backward pass written by hand, in which the gradients of the weights and of the
       inputs are one matrix product each over all steps;
     - has tens of steps in one iteration, since TensorFlow's loop costs as much as a step does;
-    - splits a batch of known size into groups of lanes that run side by side on the cores, since
-      products this small do not scale over threads.
+    - splits the units into parts, and then a batch of known size into groups of lanes, that run
+      side by side on the cores, since products this small do not scale over threads. A core with
+      half of the units reads half of the recurrent weights, which are all that hardly fits into
+      its cache.
 
     What that loop cannot do exactly as Keras does is left to Keras: activations other than the
     defaults, `recurrent_dropout`, `unroll=True`, 16-bit arithmetic, and everything when there is
@@ -139,18 +141,32 @@ def _lstm_in_groups(
     weights: list[tf.Tensor],
     sequences: bool,
 ) -> tuple[tf.Tensor | None, tf.Tensor, tf.Tensor]:
-    """`_lstm` over groups of lanes, which TensorFlow runs side by side."""
-    lanes = x.shape[0]
+    """`_lstm` over groups of units and of lanes, which TensorFlow runs side by side."""
+    lanes, units = x.shape[0], h.shape[-1]
     threads = tf.config.threading.get_inter_op_parallelism_threads() or os.cpu_count() or 1
-    groups = max(1, min(threads, (lanes or 0) // _LANES_PER_GROUP))
+    parts = max(1, min(threads, units // _UNITS_PER_PART))
+    while units % parts:
+        parts -= 1
+    weights = [_split_units(w, parts) for w in weights]
+    groups = max(1, min(threads // parts, (lanes or 0) // _LANES_PER_GROUP))
     if groups == 1:
         return _lstm(x, h, c, mask, weights, sequences)
     sizes = [lanes // groups + (g < lanes % groups) for g in range(groups)]
-    parts = [[None] * groups if v is None else tf.split(v, sizes) for v in (x, h, c, mask)]
-    results = [_lstm(*part, weights, sequences) for part in zip(*parts, strict=True)]
+    rows = [[None] * groups if v is None else tf.split(v, sizes) for v in (x, h, c, mask)]
+    results = [_lstm(*group, weights, sequences) for group in zip(*rows, strict=True)]
     return tuple(
-        None if part[0] is None else tf.concat(part, 0) for part in zip(*results, strict=True)
+        None if group[0] is None else tf.concat(group, 0) for group in zip(*results, strict=True)
     )
+
+
+def _split_units(weight: tf.Tensor, parts: int) -> list[tf.Tensor]:
+    """The columns of each part of the units, `[..., 4 * units / parts]`, all gates of it."""
+    if parts == 1:
+        return [weight]
+    rows, columns = weight.shape[:-1], weight.shape[-1]
+    by_gate = tf.reshape(weight, [-1, 4, parts, columns // 4 // parts])
+    by_part = tf.unstack(tf.transpose(by_gate, [2, 0, 1, 3]))
+    return [tf.reshape(part, [*rows, columns // parts]) for part in by_part]
 
 
 def _lstm(
@@ -158,7 +174,7 @@ def _lstm(
     h: tf.Tensor,
     c: tf.Tensor,
     mask: tf.Tensor | None,
-    weights: list[tf.Tensor],
+    weights: list[list[tf.Tensor]],
     sequences: bool,
 ) -> tuple[tf.Tensor | None, tf.Tensor, tf.Tensor]:
     """An LSTM over all steps, with its own backward pass.
@@ -168,8 +184,9 @@ def _lstm(
         h: Output state `(batch, units)`.
         c: Cell state `(batch, units)`.
         mask: Boolean `(batch, timesteps)`, or `None`.
-        weights: Kernel `(features, 4 * units)`, recurrent kernel `(units, 4 * units)` and bias
-            `(4 * units,)`, with Keras's order of gates: input, forget, candidate, output.
+        weights: Kernels `(features, 4 * width)`, recurrent kernels `(units, 4 * width)` and biases
+            `(4 * width,)`, one for each part of the units, with Keras's order of gates: input,
+            forget, candidate, output.
         sequences: Whether to give the output of every step.
 
     Returns:
@@ -177,82 +194,109 @@ def _lstm(
     """
     steps = x.shape[1] if x.shape[1] is not None else tf.shape(x)[1]
     lanes, _, features = x.shape
-    units = h.shape[-1]
+    units, parts = h.shape[-1], len(weights[0])
     loop = _Loop(steps)
     masks = None if mask is None else loop.unstack(_swap(mask))
 
     @tf.custom_gradient
     def run(x: tf.Tensor, h: tf.Tensor, c: tf.Tensor, *weights: tf.Tensor) -> tuple:
-        kernel, recurrent, bias = weights
+        kernels, recurrents, biases = (weights[i * parts : (i + 1) * parts] for i in range(3))
         inputs = tf.reshape(_swap(x), [-1, features])
-        products = tf.nn.bias_add(tf.matmul(inputs, kernel), bias)
-        products = loop.unstack(_in_steps(products, steps, lanes))
-        first_h = h
+        products = [
+            loop.unstack(_in_steps(tf.nn.bias_add(tf.matmul(inputs, kernel), bias), steps, lanes))
+            for kernel, bias in zip(kernels, biases, strict=True)
+        ]
 
-        def forward(t: Any, h: tf.Tensor, c: tf.Tensor, *saved: Any) -> tuple:
-            gates = products.read(t) + tf.matmul(h, recurrent)
-            i, f, g, o = tf.split(gates, 4, axis=1)
-            i, f, g, o = tf.sigmoid(i), tf.sigmoid(f), tf.tanh(g), tf.sigmoid(o)
-            next_c = f * c + i * g
-            tanh_c = tf.tanh(next_c)
-            next_h = o * tanh_c
-            if masks is not None:
-                next_h = _select(masks.read(t), next_h, h)
-                next_c = _select(masks.read(t), next_c, c)
-            values = (i, f, g, o, c, tanh_c, next_h)
-            return next_h, next_c, *(s.write(t, v) for s, v in zip(saved, values, strict=True))
+        def forward(t: Any, hs: list, cs: list, before: Any, saved: list) -> tuple:
+            whole_h = _joined(hs)
+            before = before.write(t, whole_h)
+            results = []
+            for product, recurrent, h, c, arrays in zip(
+                products, recurrents, hs, cs, saved, strict=True
+            ):
+                gates = product.read(t) + tf.matmul(whole_h, recurrent)
+                i, f, g, o = tf.split(gates, 4, axis=1)
+                i, f, g, o = tf.sigmoid(i), tf.sigmoid(f), tf.tanh(g), tf.sigmoid(o)
+                next_c = f * c + i * g
+                tanh_c = tf.tanh(next_c)
+                next_h = o * tanh_c
+                if masks is not None:
+                    next_h = _select(masks.read(t), next_h, h)
+                    next_c = _select(masks.read(t), next_c, c)
+                values = (i, f, g, o, c, tanh_c)
+                arrays = [a.write(t, v) for a, v in zip(arrays, values, strict=True)]
+                results.append((next_h, next_c, arrays))
+            hs, cs, saved = map(list, zip(*results, strict=True))
+            return hs, cs, before, saved
 
-        arrays = [loop.array(x.dtype, [lanes, units]) for _ in range(7)]
-        last_h, last_c, *saved, all_h = loop.run(forward, range, h, c, *arrays)
-        all_h = all_h.stack()
-        outputs = [_swap(all_h)] if sequences else []
+        hs, cs = tf.split(h, parts, axis=1), tf.split(c, parts, axis=1)
+        before = loop.array(x.dtype, [lanes, units])
+        saved = [
+            [loop.array(x.dtype, [lanes, units // parts]) for _ in range(6)] for _ in range(parts)
+        ]
+        hs, cs, before, saved = loop.run(forward, range, hs, cs, before, saved)
+        before, last_h = before.stack(), _joined(hs)
+        outputs = [_swap(tf.concat([before[1:], last_h[None]], 0))] if sequences else []
 
         def gradient(*upstream: tf.Tensor) -> list[tf.Tensor]:
             *doutputs, dh, dc = upstream
             doutputs = [loop.unstack(_swap(d)) for d in doutputs]
             # Transposed once: a product that transposes as it goes takes twice as long.
-            transposed = tf.transpose(recurrent)
+            transposed = [tf.transpose(recurrent) for recurrent in recurrents]
 
-            def backward(t: Any, dh: tf.Tensor, dc: tf.Tensor, dgates: Any) -> tuple:
-                i, f, g, o, c, tanh_c = (s.read(t) for s in saved)
+            def backward(t: Any, dh: tf.Tensor, dcs: list, dgates: list) -> tuple:
                 for doutput in doutputs:
                     dh += doutput.read(t)
-                through_c = dc + _dtanh(tanh_c, dh * o)
-                dgate = tf.concat(
-                    [
-                        _dsigmoid(i, through_c * g),
-                        _dsigmoid(f, through_c * c),
-                        _dtanh(g, through_c * i),
-                        _dsigmoid(o, dh * tanh_c),
-                    ],
-                    1,
-                )
-                previous_dc = through_c * f
-                if masks is None:
-                    previous_dh = tf.matmul(dgate, transposed)
-                else:
-                    kept = masks.read(t)
-                    dgate = _select(kept, dgate, tf.zeros_like(dgate))
-                    previous_dc = _select(kept, previous_dc, dc)
-                    skipped = _select(kept, tf.zeros_like(dh), dh)
-                    previous_dh = tf.matmul(dgate, transposed) + skipped
-                return previous_dh, previous_dc, dgates.write(t, dgate)
+                results = []
+                for dh_part, dc, arrays, recurrent, dgate_array in zip(
+                    tf.split(dh, parts, axis=1), dcs, saved, transposed, dgates, strict=True
+                ):
+                    i, f, g, o, c, tanh_c = (array.read(t) for array in arrays)
+                    through_c = dc + _dtanh(tanh_c, dh_part * o)
+                    dgate = tf.concat(
+                        [
+                            _dsigmoid(i, through_c * g),
+                            _dsigmoid(f, through_c * c),
+                            _dtanh(g, through_c * i),
+                            _dsigmoid(o, dh_part * tanh_c),
+                        ],
+                        1,
+                    )
+                    previous_dc = through_c * f
+                    if masks is not None:
+                        dgate = _select(masks.read(t), dgate, tf.zeros_like(dgate))
+                        previous_dc = _select(masks.read(t), previous_dc, dc)
+                    product = tf.matmul(dgate, recurrent)
+                    results.append((product, previous_dc, dgate_array.write(t, dgate)))
+                products, dcs, dgates = map(list, zip(*results, strict=True))
+                if masks is not None:
+                    products.append(_select(masks.read(t), tf.zeros_like(dh), dh))
+                return tf.add_n(products), dcs, dgates
 
-            dgates = loop.array(x.dtype, [lanes, 4 * units])
-            dh, dc, dgates = loop.run(backward, reversed, dh, dc, dgates)
-            dgates = tf.reshape(dgates.stack(), [-1, 4 * units])
-            before = tf.reshape(tf.concat([first_h[None], all_h[:-1]], 0), [-1, units])
-            dkernel = tf.matmul(inputs, dgates, transpose_a=True)
-            drecurrent = tf.matmul(before, dgates, transpose_a=True)
-            dbias = tf.raw_ops.BiasAddGrad(out_backprop=dgates)
-            dx = tf.matmul(dgates, kernel, transpose_b=True)
+            dcs = tf.split(dc, parts, axis=1)
+            dgates = [loop.array(x.dtype, [lanes, 4 * units // parts]) for _ in range(parts)]
+            dh, dcs, dgates = loop.run(backward, reversed, dh, dcs, dgates)
+            dgates = [tf.reshape(d.stack(), [-1, 4 * units // parts]) for d in dgates]
+            rows = tf.reshape(before, [-1, units])
+            dkernels = [tf.matmul(inputs, d, transpose_a=True) for d in dgates]
+            drecurrents = [tf.matmul(rows, d, transpose_a=True) for d in dgates]
+            dbiases = [tf.raw_ops.BiasAddGrad(out_backprop=d) for d in dgates]
+            dx = tf.add_n(
+                [tf.matmul(d, tf.transpose(k)) for d, k in zip(dgates, kernels, strict=True)]
+            )
             dx = _swap(_in_steps(dx, steps, lanes))
-            return [_first_order_only(d) for d in (dx, dh, dc, dkernel, drecurrent, dbias)]
+            gradients = (dx, dh, _joined(dcs), *dkernels, *drecurrents, *dbiases)
+            return [_first_order_only(d) for d in gradients]
 
-        return (*outputs, last_h, last_c), gradient
+        return (*outputs, last_h, _joined(cs)), gradient
 
-    *outputs, last_h, last_c = run(x, h, c, *weights)
+    *outputs, last_h, last_c = run(x, h, c, *(part for split in weights for part in split))
     return outputs[0] if outputs else None, last_h, last_c
+
+
+def _joined(parts: list[tf.Tensor]) -> tf.Tensor:
+    """The parts of the units as a whole, `(batch, units)`."""
+    return parts[0] if len(parts) == 1 else tf.concat(parts, 1)
 
 
 class _Loop:
