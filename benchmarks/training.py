@@ -2,8 +2,9 @@
 
     python -m benchmarks.training --torch_python path/to/python
 
-Every measurement is a process of its own; all ways are measured in turn, --repeats times; figures
-are medians, and ratios medians of the ratios within a turn. Parts (`--parts`):
+Every measurement is a process of its own; all ways are measured in turn, --repeats times, each time
+with the next seed; figures are medians, and ratios medians of the ratios within a turn. Parts
+(`--parts`):
 
 - `lstm`: forward and backward pass of the layer alone, at each of --points, and the share of
   the matrix-product peak, measured in the same turns, that its products reach.
@@ -368,6 +369,7 @@ def main() -> None:
         files = prepare(pathlib.Path(folder))
         for turn in range(FLAGS.repeats):
             for task in tasks(files):
+                task["seed"] += turn
                 result = measure(task)
                 records.append({**task, **result, "turn": turn})
                 directory.write_results({"versions": runner.versions(), "measurements": records})

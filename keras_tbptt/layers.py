@@ -13,6 +13,10 @@ __all__ = ["LSTM", "ConcatPooling"]
 # Steps in one iteration of the loop; as a whole that is so much graph to build and to optimise.
 _UNROLLED = 32
 
+# Steps whose products for the gradients of weights and inputs are one: enough for products at full
+# rate, and few enough that they fill the cores while these wait for a step.
+_STEPS_PER_PIECE = 6
+
 # Below this many units or lanes a matrix product is too thin to be worth a thread of its own.
 _UNITS_PER_PART, _LANES_PER_GROUP = 128, 16
 
@@ -26,7 +30,7 @@ class LSTM(keras.layers.LSTM):
 
     - takes the input product of all steps at once;
     - has its backward pass written by hand, in which the gradients of the weights and of the
-      inputs are one matrix product each over all steps;
+      inputs are matrix products over many steps;
     - has tens of steps in one iteration, since TensorFlow's loop costs as much as a step does;
     - splits the units into parts, and then a batch of known size into groups of lanes, that run
       side by side on the cores, since products this small do not scale over threads. A core with
@@ -201,7 +205,8 @@ def _lstm(
     @tf.custom_gradient
     def run(x: tf.Tensor, h: tf.Tensor, c: tf.Tensor, *weights: tf.Tensor) -> tuple:
         kernels, recurrents, biases = (weights[i * parts : (i + 1) * parts] for i in range(3))
-        inputs = tf.reshape(_swap(x), [-1, features])
+        by_step = _swap(x)
+        inputs = tf.reshape(by_step, [-1, features])
         products = [
             loop.unstack(_in_steps(tf.nn.bias_add(tf.matmul(inputs, kernel), bias), steps, lanes))
             for kernel, bias in zip(kernels, biases, strict=True)
@@ -243,6 +248,7 @@ def _lstm(
             doutputs = [loop.unstack(_swap(d)) for d in doutputs]
             # Transposed once: a product that transposes as it goes takes twice as long.
             transposed = [tf.transpose(recurrent) for recurrent in recurrents]
+            transposed_kernels = [tf.transpose(kernel) for kernel in kernels]
 
             def backward(t: Any, dh: tf.Tensor, dcs: list, dgates: list) -> tuple:
                 for doutput in doutputs:
@@ -276,16 +282,26 @@ def _lstm(
             dcs = tf.split(dc, parts, axis=1)
             dgates = [loop.array(x.dtype, [lanes, 4 * units // parts]) for _ in range(parts)]
             dh, dcs, dgates = loop.run(backward, reversed, dh, dcs, dgates)
-            dgates = [tf.reshape(d.stack(), [-1, 4 * units // parts]) for d in dgates]
-            rows = tf.reshape(before, [-1, units])
-            dkernels = [tf.matmul(inputs, d, transpose_a=True) for d in dgates]
-            drecurrents = [tf.matmul(rows, d, transpose_a=True) for d in dgates]
-            dbiases = [tf.raw_ops.BiasAddGrad(out_backprop=d) for d in dgates]
-            dx = tf.add_n(
-                [tf.matmul(d, tf.transpose(k)) for d, k in zip(dgates, kernels, strict=True)]
-            )
-            dx = _swap(_in_steps(dx, steps, lanes))
-            gradients = (dx, dh, _joined(dcs), *dkernels, *drecurrents, *dbiases)
+            pieces = []
+            for piece in loop.pieces:
+                rows = tf.reshape(by_step[piece], [-1, features])
+                rows_h = tf.reshape(before[piece], [-1, units])
+                of_piece = [
+                    tf.reshape(loop.stack(d, piece), [-1, 4 * units // parts]) for d in dgates
+                ]
+                dx = [tf.matmul(d, k) for d, k in zip(of_piece, transposed_kernels, strict=True)]
+                pieces.append(
+                    (
+                        tf.add_n(dx),
+                        [tf.matmul(rows, d, transpose_a=True) for d in of_piece],
+                        [tf.matmul(rows_h, d, transpose_a=True) for d in of_piece],
+                        [tf.raw_ops.BiasAddGrad(out_backprop=d) for d in of_piece],
+                    )
+                )
+            dx, *dweights = zip(*pieces, strict=True)
+            dweights = [tf.add_n(d) for kind in dweights for d in zip(*kind, strict=True)]
+            dx = _swap(_in_steps(tf.concat(dx, 0), steps, lanes))
+            gradients = (dx, dh, _joined(dcs), *dweights)
             return [_first_order_only(d) for d in gradients]
 
         return (*outputs, last_h, _joined(cs)), gradient
@@ -306,6 +322,8 @@ class _Loop:
         self._steps = steps
         self._whole = isinstance(steps, int) and steps <= _UNROLLED
         self._chunk = _UNROLLED if isinstance(steps, int) else 1
+        begins = range(0, self._steps, _STEPS_PER_PIECE) if self._whole else []
+        self.pieces = [slice(b, b + _STEPS_PER_PIECE) for b in begins] or [slice(None)]
 
     def array(self, dtype: tf.DType, shape: list[int | None]) -> Any:
         """A place for one tensor a step."""
@@ -318,6 +336,10 @@ class _Loop:
         if self._whole:
             return _Known(tf.unstack(values, self._steps))
         return self.array(values.dtype, values.shape[1:]).unstack(values)
+
+    def stack(self, array: Any, piece: slice) -> tf.Tensor:
+        """One of the `pieces` of an array, time-major."""
+        return tf.stack(array.values[piece]) if self._whole else array.stack()
 
     def run(self, body: Any, order: Any, *state: Any) -> tuple:
         """Calls `body(t, *state)` for every step, in the `order` of `range` or `reversed`."""
@@ -352,17 +374,17 @@ class _Known:
     """A `tf.TensorArray` for steps that are known while the graph is built."""
 
     def __init__(self, values: list[tf.Tensor | None]):
-        self._values = values
+        self.values = values
 
     def read(self, t: int) -> tf.Tensor:
-        return self._values[t]
+        return self.values[t]
 
     def write(self, t: int, value: tf.Tensor) -> "_Known":
-        self._values[t] = value
+        self.values[t] = value
         return self
 
     def stack(self) -> tf.Tensor:
-        return tf.stack(self._values)
+        return tf.stack(self.values)
 
 
 def _in_steps(rows: tf.Tensor, steps: int | tf.Tensor, lanes: int | None) -> tf.Tensor:
