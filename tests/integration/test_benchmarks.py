@@ -1,0 +1,36 @@
+"""What the benchmarks measure with; how fast anything is they say themselves."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+def run(*command):
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_process_does_not_count_the_memory_of_the_one_that_started_it():
+    child = "from experiments import runner; print(runner.peak_rss_mb())"
+    parent = (
+        "import subprocess, sys\n"
+        "large = b'1' * (3 * 2**30)\n"
+        f"print(subprocess.check_output([sys.executable, '-c', {child!r}], text=True))"
+    )
+    assert 0 < int(run("-c", parent)) < 3 * 2**10
+
+
+def test_training_is_measured_without_pytorch(tmp_path):
+    options = ["--parts=lstm", "--points=6x4x2", "--repeats=1", "--torch_python="]
+    printed = run("-m", "benchmarks.training", *options, f"--run_dir={tmp_path}")
+    assert "6x4x2" in printed and (tmp_path / "lstm.png").exists()
+    found = json.loads((tmp_path / "results.json").read_text("utf-8"))["measurements"]
+    layers = [m for m in found if m["part"] == "lstm"]
+    assert {m["way"] for m in layers} == {"keras_tbptt", "keras", "keras, our threads"}
+    assert all(m["ms"] > 0 and m["peak_mb"] > 0 for m in layers)
