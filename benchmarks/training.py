@@ -14,6 +14,8 @@ with the next seed; figures are medians, and ratios medians of the ratios within
 - `accuracy`: seconds of the whole command, from raw strings to a test accuracy: the main job,
   `experiments.imdb`, and PyTorch's recipe, which stops after the epoch that reaches --target.
 
+Stopped, it goes on with --resume; with more --repeats, too.
+
 `with_keras.py` and `with_torch.py` have the sizes and recipes. The texts of the reviews go to
 PyTorch in a temporary file.
 """
@@ -363,16 +365,21 @@ def _bars(axes: Any, points: list[str], heights: dict[str, list[float]]) -> None
 
 def main() -> None:
     """Measures, draws and prints."""
-    directory = runner.RunDirectory("training", f"units{FLAGS.units}", resumable=False)
-    records: list[dict[str, Any]] = []
+    directory = runner.RunDirectory(
+        "training", f"units{FLAGS.units}", free=("repeats", "data_dir", "torch_python")
+    )
+    records: list[dict[str, Any]] = directory.results.get("measurements", [])
+    done = {(r["turn"], r["part"], r["point"], r["way"]) for r in records}
     with tempfile.TemporaryDirectory() as folder:
         files = prepare(pathlib.Path(folder))
         for turn in range(FLAGS.repeats):
             for task in tasks(files):
+                if (turn, task["part"], task["point"], task["way"]) in done:
+                    continue
                 task["seed"] += turn
                 result = measure(task)
                 records.append({**task, **result, "turn": turn})
-                directory.write_results({"versions": runner.versions(), "measurements": records})
+                directory.write_results({"measurements": records})
                 shown = {k: round(v, 4) for k, v in result.items() if isinstance(v, (int, float))}
                 print(turn + 1, task["part"], task["point"], task["way"], shown, flush=True)
     found = Measurements(records)

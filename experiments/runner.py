@@ -137,6 +137,7 @@ class RunDirectory:
         self.experiment = experiment
         self.results: dict[str, Any] = {}
         given, resume = flags.FLAGS.run_dir, flags.FLAGS.resume
+        module = ".".join(pathlib.Path(sys.argv[0]).with_suffix("").parts[-2:])
         # Not the directory itself: --flagfile begins a new run, in a new directory.
         own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
         own = {f.name: f.serialize() for f in own if f.name not in ("run_dir", "resume")}
@@ -144,8 +145,7 @@ class RunDirectory:
         there = pathlib.Path(given) if given else None
         if resume and not resumable:
             raise RunError(
-                f"A run of experiments.{experiment} cannot be gone on with: leave --resume out. "
-                "Received: --resume"
+                f"A run of {module} cannot be gone on with: leave --resume out. Received: --resume"
             )
         if resume and not given:
             runs = pathlib.Path("runs", experiment).glob("*/flags.txt")
@@ -169,7 +169,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "flags.txt", text)
         places = f"--flagfile={self.path / 'flags.txt'}", f"--run_dir={self.path}"
-        command = shlex.join(["python", "-m", f"experiments.{experiment}", *places, "--resume"])
+        command = shlex.join(["python", "-m", module, *places, "--resume"])
         self.command = command if resumable else None
         RunDirectory.current = self
 

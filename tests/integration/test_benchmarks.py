@@ -34,3 +34,10 @@ def test_training_is_measured_without_pytorch(tmp_path):
     layers = [m for m in found if m["part"] == "lstm"]
     assert {m["way"] for m in layers} == {"keras_tbptt", "keras", "keras, our threads"}
     assert all(m["ms"] > 0 and m["peak_mb"] > 0 for m in layers)
+
+    # As if it had been stopped in its second turn.
+    options[2] = "--repeats=2"
+    run("-m", "benchmarks.training", *options, f"--run_dir={tmp_path}", "--resume")
+    more = json.loads((tmp_path / "results.json").read_text("utf-8"))["measurements"]
+    assert more[: len(found)] == found
+    assert [m["way"] for m in more[len(found) :]] == [m["way"] for m in found]
