@@ -72,6 +72,7 @@ FLAGS = flags.FLAGS
 
 OURS, STOCK, TORCH = "keras_tbptt", "keras", "torch"
 THREADS = "keras, our threads"
+_COLORS = {OURS: "tab:blue", STOCK: "tab:orange", THREADS: "tab:green", TORCH: "tab:red"}
 Task = dict[str, Any]
 
 
@@ -357,10 +358,11 @@ def draw(found: Measurements, directory: runner.RunDirectory) -> None:
 def _bars(axes: Any, points: list[str], heights: dict[str, list[float]]) -> None:
     width = 0.8 / len(heights)
     for i, (way, values) in enumerate(heights.items()):
-        axes.bar(np.arange(len(points)) + i * width, values, width, label=way)
+        axes.bar(np.arange(len(points)) + i * width, values, width, label=way, color=_COLORS[way])
     axes.set_xticks(np.arange(len(points)) + 0.4 - width / 2, points, rotation=30, ha="right")
     axes.tick_params(labelsize="small")
-    axes.legend(fontsize="small")
+    # Above the axes, where it hides no bar.
+    axes.legend(fontsize="small", ncols=len(heights), loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
 def main() -> None:
