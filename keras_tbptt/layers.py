@@ -38,7 +38,7 @@ class LSTM(keras.layers.LSTM):
       its cache.
 
     What that loop cannot do exactly as Keras does is left to Keras: activations other than the
-    defaults, `recurrent_dropout`, `unroll=True`, 16-bit arithmetic, and everything when there is
+    defaults, `recurrent_dropout`, `unroll=True`, `mixed_float16`, and everything when there is
     a GPU, where Keras uses cuDNN. Gradients of gradients raise an error: use
     `keras.layers.LSTM` for those.
 
@@ -125,7 +125,7 @@ class LSTM(keras.layers.LSTM):
             self.activation is keras.activations.tanh
             and self.recurrent_activation is keras.activations.sigmoid
             and self.cell.implementation == 2  # Keras sets 1 for recurrent dropout.
-            and self.cell.compute_dtype in ("float32", "float64")
+            and self.cell.compute_dtype in ("float32", "float64", "bfloat16")
             and not self.unroll
             and self.use_cudnn is not True
             and not tf.config.list_logical_devices("GPU")
@@ -200,6 +200,8 @@ def _lstm(
     lanes, _, features = x.shape
     units, parts = h.shape[-1], len(weights[0])
     loop = _Loop(steps)
+    # A sum over many rows would be lost in the few digits of a bfloat16.
+    wide = tf.float32 if x.dtype == tf.bfloat16 else x.dtype
     masks = None if mask is None else loop.unstack(_swap(mask))
 
     @tf.custom_gradient
@@ -295,11 +297,15 @@ def _lstm(
                         tf.add_n(dx),
                         [tf.matmul(rows, d, transpose_a=True) for d in of_piece],
                         [tf.matmul(rows_h, d, transpose_a=True) for d in of_piece],
-                        [tf.raw_ops.BiasAddGrad(out_backprop=d) for d in of_piece],
+                        [tf.raw_ops.BiasAddGrad(out_backprop=tf.cast(d, wide)) for d in of_piece],
                     )
                 )
             dx, *dweights = zip(*pieces, strict=True)
-            dweights = [tf.add_n(d) for kind in dweights for d in zip(*kind, strict=True)]
+            dweights = [
+                tf.cast(tf.add_n([tf.cast(piece, wide) for piece in d]), x.dtype)
+                for kind in dweights
+                for d in zip(*kind, strict=True)
+            ]
             dx = _swap(_in_steps(tf.concat(dx, 0), steps, lanes))
             gradients = (dx, dh, _joined(dcs), *dweights)
             return [_first_order_only(d) for d in gradients]

@@ -269,6 +269,35 @@ def test_weights_and_config_are_interchangeable(tmp_path):
     np.testing.assert_allclose(stock(x), fast(x), atol=1e-6)
 
 
+@pytest.mark.parametrize("units_per_part", [8, 128])
+def test_bfloat16_is_as_near_the_truth_as_keras(units_per_part):
+    shape, units = (32, 40, 12), 16
+    stock, fast = twins(units, dtype="mixed_bfloat16", return_sequences=True, return_state=True)
+    share_weights(stock, fast, shape)
+    assert fast._is_fast()
+    exact = keras.layers.LSTM(units, dtype="float64", return_sequences=True, return_state=True)
+    exact.build(shape)
+    exact.set_weights(stock.get_weights())
+    rng = np.random.default_rng(0)
+    # Numbers that bfloat16 holds, so that all begin with the same.
+    x = tf.cast(tf.constant(rng.normal(size=shape)), "bfloat16")
+    state = [tf.cast(tf.constant(rng.normal(size=(32, units))), "bfloat16") for _ in range(2)]
+    mask = tf.constant(rng.random(shape[:2]) < 0.8)
+    with on_threads(2, units_per_part):
+        found = outputs_and_gradients(fast, x, state, mask)
+    keras_found = outputs_and_gradients(stock, x, state, mask)
+    truth = outputs_and_gradients(
+        exact, tf.cast(x, "float64"), [tf.cast(s, "float64") for s in state], mask
+    )
+    for ours, theirs, true in zip(*map(tf.nest.flatten, (found, keras_found, truth)), strict=True):
+        assert ours.dtype == theirs.dtype
+        error, keras_error = (
+            np.linalg.norm(tf.cast(value, "float64") - true) for value in (ours, theirs)
+        )
+        # Every value is rounded to 8 bits, and each road rounds at places of its own.
+        assert error <= 1.5 * keras_error
+
+
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "float64"])
 def test_other_precisions(policy):
     stock, fast = twins(6, dtype=policy, return_sequences=True)
