@@ -23,6 +23,7 @@ PyTorch in a temporary file.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -155,8 +156,13 @@ def measure(task: Task) -> dict[str, Any]:
             command = command if FLAGS.data_dir else command[:-1]
         else:
             command = [sys.executable, "-m", "benchmarks.with_keras", json.dumps(task)]
+        env = dict(os.environ)
+        if task["way"] == STOCK and task["part"] != "peak":
+            del env["TF_ENABLE_ONEDNN_OPTS"]  # the experiments' choice, not TensorFlow's own
         began = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=ROOT, env=env
+        )
         seconds = time.perf_counter() - began
         if done.returncode:
             raise runner.RunError(
