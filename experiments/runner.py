@@ -92,13 +92,13 @@ def use_cores() -> None:
 
     The products of a recurrent layer's step are so small that two threads on one are slower than
     one (26 ms a training step against 17, at 256 units and 64 lanes on two cores). What does scale
-    is groups of lanes side by side, which `keras_tbptt.layers.LSTM` makes of a batch: 16 lanes or
-    more each, so that the usual 64 lanes keep four threads busy, and only beyond are cores left for
-    the threads of an operation. TensorFlow's environment variables go before.
+    is groups of lanes side by side, which `keras_tbptt.layers.LSTM` makes of a batch: 8 lanes or
+    more each, so that the usual 64 lanes keep eight threads busy, and only beyond are cores left
+    for the threads of an operation. TensorFlow's environment variables go before.
     """
     cores = os.cpu_count() or 1
     between = int(os.environ.get("TF_NUM_INTEROP_THREADS", cores))
-    within = int(os.environ.get("TF_NUM_INTRAOP_THREADS", max(1, cores // 4)))
+    within = int(os.environ.get("TF_NUM_INTRAOP_THREADS", max(1, cores // 8)))
     tf.config.threading.set_inter_op_parallelism_threads(between)
     tf.config.threading.set_intra_op_parallelism_threads(within)
 

@@ -18,7 +18,7 @@ _UNROLLED = 32
 _UNROLLED_IN_LOOP = 16
 
 # Below this many lanes a matrix product is too thin to be worth a thread of its own.
-_LANES_PER_GROUP = 16
+_LANES_PER_GROUP = 8
 
 # What makes a gate 0 or 1 to the last bit, whatever else its neuron adds up.
 _SHUT = 1e4
