@@ -72,7 +72,7 @@ flags.adopt_module_key_flags(runner)
 FLAGS = flags.FLAGS
 
 OURS, STOCK, TORCH = "keras_tbptt", "keras", "torch"
-THREADS = "keras, our threads"
+THREADS = "keras, our settings"
 _COLORS = {OURS: "tab:blue", STOCK: "tab:orange", THREADS: "tab:green", TORCH: "tab:red"}
 Task = dict[str, Any]
 

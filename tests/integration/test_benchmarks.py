@@ -32,7 +32,7 @@ def test_training_is_measured_without_pytorch(tmp_path):
     assert "6x4x2" in printed and (tmp_path / "lstm.png").exists()
     found = json.loads((tmp_path / "results.json").read_text("utf-8"))["measurements"]
     layers = [m for m in found if m["part"] == "lstm"]
-    assert {m["way"] for m in layers} == {"keras_tbptt", "keras", "keras, our threads"}
+    assert {m["way"] for m in layers} == {"keras_tbptt", "keras", "keras, our settings"}
     assert all(m["ms"] > 0 and m["peak_mb"] > 0 for m in layers)
 
     # As if it had been stopped in its second turn.
