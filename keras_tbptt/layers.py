@@ -114,7 +114,7 @@ class LSTM(keras.layers.LSTM):
         return last, outputs if self.return_sequences else last[:, None], [h, c]
 
     def _joined_weights(self, masked: bool) -> tf.Tensor:
-        """The weights of all that a step reads, in the order of `_joined_inputs` and outputs."""
+        """The weights of all that a step reads: the rows of `_lstm`'s `weights`."""
         rows = [self.cell.kernel]
         if masked:
             shut = np.repeat([-_SHUT, _SHUT, 0.0, 0.0], self.units)  # Keras's order: i, f, g, o
@@ -212,7 +212,9 @@ def _lstm(
     outputs, last_h, last_c = _loop(by_step, tf.transpose(h), tf.transpose(c), weights, transposed)
     if mask is not None:
         ends = tf.one_hot(lengths - 1, steps, axis=0, dtype=x.dtype)[:, None]
-        last_h = tf.where(lengths > 0, _at_steps(outputs, ends), tf.transpose(h))
+        read = lengths > 0
+        last_h = tf.where(read, _at_steps(outputs, ends), tf.transpose(h))
+        last_c = tf.where(read, last_c, tf.transpose(c))  # however large a state was given
     last_h, last_c = tf.transpose(last_h), tf.transpose(last_c)
     if not sequences:
         return None, last_h, last_c

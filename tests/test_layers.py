@@ -134,6 +134,17 @@ def test_what_a_masked_step_holds_does_not_matter(mask):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_lane_without_steps_keeps_its_state_however_large():
+    layer = layers.LSTM(3, return_state=True)
+    layer.build((2, 4, 5))
+    x = keras.random.normal((2, 4, 5), seed=0)
+    state = [1e6 * keras.random.normal((2, 3), seed=s) for s in (1, 2)]
+    mask = tf.constant([[True] * 4, [False] * 4])
+    _, *found = layer(x, initial_state=state, mask=mask)
+    for before, after in zip(state, found, strict=True):
+        np.testing.assert_array_equal(before[1], after[1])
+
+
 def test_eager_is_graph():
     layer = layers.LSTM(5, return_sequences=True, return_state=True)
     x = keras.random.normal((3, 4, 2), seed=0)
