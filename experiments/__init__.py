@@ -8,6 +8,6 @@ BEGAN = time.time()  # before TensorFlow is imported, so that a run's seconds ar
 # TensorFlow's C++ side greets a machine without a GPU with errors; real ones come as exceptions.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-# TensorFlow takes oneDNN by itself on processors with AVX-512 alone; on others a step of
+# TensorFlow does not take oneDNN by itself on every processor. On one such, a Zen 3, a step of
 # `keras_tbptt.layers.LSTM` is a tenth faster with it, and one of stock Keras a third.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")

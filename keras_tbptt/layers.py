@@ -20,7 +20,7 @@ _UNROLLED_IN_LOOP = 16
 # Below this many lanes a matrix product is too thin to be worth a thread of its own.
 _LANES_PER_GROUP = 8
 
-# What makes a gate 0 or 1 to the last bit, whatever else its neuron adds up.
+# What makes a gate 0 or 1 to the last bit, unless all else that its neuron adds up is thousands.
 _SHUT = 1e4
 
 
