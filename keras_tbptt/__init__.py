@@ -1,12 +1,12 @@
 """Truncated backpropagation through time for Keras and TensorFlow."""
 
-import keras as _keras
+from keras import config as _config
 
-if _keras.backend.backend() != "tensorflow":
+if _config.backend() != "tensorflow":
     raise ImportError(
         "keras_tbptt runs on Keras's TensorFlow backend: set the environment variable "
         "KERAS_BACKEND=tensorflow before keras is imported. "
-        f"Received: KERAS_BACKEND={_keras.backend.backend()}"
+        f"Received: KERAS_BACKEND={_config.backend()}"
     )
 
 from keras_tbptt import client, diagnostics, layers, losses, optimizers, state, text

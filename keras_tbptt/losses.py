@@ -53,8 +53,8 @@ def window_weights(
 
     Args:
         window_loss: One of `WINDOW_LOSSES`.
-        x: The lane flags of a batch, each `[lanes]`: `"ends"`, `"lengths"`, `"offsets"`, `"totals"`
-            (see `DocumentWindows.dataset`).
+        x: The lane flags of a batch, each `[lanes]`: `"ends"`, `"lengths"`, `"positions"` and
+            `"totals"` (see `DocumentWindows.dataset`).
         window: int, steps in a window.
         per_step: bool, whether there is a target per step.
 
@@ -69,10 +69,10 @@ def window_weights(
     totals = tf.maximum(x["totals"], 1)
     if per_step:
         if window_loss == "linear_gain":
-            read = x["offsets"][:, None] + tf.range(1, window + 1)
+            read = x["positions"][:, None] + tf.range(1, window + 1)
             real *= tf.cast(read / totals[:, None], "float32")
         return real
     weights = x["lengths"] / tf.minimum(totals, window)
     if window_loss == "linear_gain":
-        weights *= (x["offsets"] + x["lengths"]) / totals
+        weights *= (x["positions"] + x["lengths"]) / totals
     return tf.cast(weights, "float32")

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, MutableMapping
+import warnings
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt import _batches, _keras
+from keras_tbptt._masks import off_time_layers
+from keras_tbptt._order import WindowOrder
+from keras_tbptt._reporting import output_losses, penalty, report
+from keras_tbptt._steps import OneWindow, SeveralWindows
 from keras_tbptt.layers import ConcatPooling
 from keras_tbptt.losses import FINAL_LOSSES, check_window_loss, window_weights
-from keras_tbptt.optimizers import LazyAdam
-from keras_tbptt.reach import WindowHistory, backpropagate, check_backprop_windows
+from keras_tbptt.reach import WindowHistory, check_backprop_windows
 from keras_tbptt.state import (
-    explicit_state,
+    call_masked,
     preserve_states,
     reset_states,
     seed_variables,
@@ -98,8 +103,8 @@ class TBPTTModel(keras.Model):
 
     def __init__(
         self,
-        inputs: Any,
-        outputs: Any,
+        inputs: Any = None,
+        outputs: Any = None,
         name: str | None = None,
         *,
         window_loss: str = "per_window",
@@ -108,6 +113,16 @@ class TBPTTModel(keras.Model):
         burn_in: int = 0,
         **kwargs: Any,
     ):
+        if inputs is None or outputs is None:
+            raise ValueError(
+                "A TBPTTModel is a functional model: call super().__init__(inputs, outputs) with "
+                "symbolic tensors, from keras.Input(batch_shape=(lanes, window)) on, instead of "
+                f"writing call(). Received: inputs={inputs}, outputs={outputs}"
+            )
+        original = _keras.original_of_clone(outputs)
+        if isinstance(original, TBPTTModel):
+            window_loss, backprop_windows = original.window_loss, original.backprop_windows
+            cut_probability, burn_in = original.cut_probability, original.burn_in
         check_window_loss(window_loss)
         if backprop_windows is None:
             backprop_windows = "all" if window_loss == "pooled" else 1
@@ -119,10 +134,9 @@ class TBPTTModel(keras.Model):
         self.backprop_windows = backprop_windows
         self.cut_probability = cut_probability
         self.burn_in = burn_in
-        self._history: WindowHistory | None = None
         self._saves_states = False
-        if backprop_windows == "artbp":
-            self._cuts = keras.random.SeedGenerator()
+        self._fitted_windows: DocumentWindows | None = None
+        self._cuts = keras.random.SeedGenerator() if backprop_windows == "artbp" else None
         self.supports_masking = True
         shapes = [tuple(tensor.shape) for tensor in self.inputs]
         if len(shapes) != 1 or len(shapes[0]) < 2 or None in shapes[0][:2]:
@@ -133,23 +147,20 @@ class TBPTTModel(keras.Model):
             )
         self.lanes, self.window = shapes[0][:2]
         state_variables(self)
-        self._pools = [
+        self.pools = [
             isinstance(layer, ConcatPooling)
             for layer in stateful_layers(self)
             for _ in keras.tree.flatten(layer.states)
         ]
-        if window_loss == "pooled" and not any(self._pools):
+        if window_loss == "pooled" and not any(self.pools):
             raise ValueError(
                 'window_loss="pooled" needs a keras_tbptt.layers.ConcatPooling(stateful=True) '
                 "between the recurrent layers (return_sequences=True) and the head. "
                 f"Received: layers {[layer.name for layer in self.layers]}"
             )
-        self._unmasked_layers = [
-            layer.name
-            for layer in self.layers
-            if isinstance(layer, (keras.layers.RNN, ConcatPooling))
-            and not _is_masked(layer._inbound_nodes[0].input_tensors[0])
-        ]
+        self._order = WindowOrder(self.lanes)
+        one = backprop_windows == 1
+        self._learn = OneWindow(self) if one else SeveralWindows(self, self._cuts)
 
     def compile(
         self,
@@ -202,16 +213,23 @@ class TBPTTModel(keras.Model):
         *args: Any,
         validation_data: Any = None,
         class_weight: Mapping[int, float] | None = None,
+        callbacks: Any = None,
+        initial_epoch: int = 0,
         **kwargs: Any,
     ) -> keras.callbacks.History:
         """Trains on `DocumentWindows`, with Keras's own `fit`.
 
         Args:
-            x: `DocumentWindows` with labels, or its `dataset(flags=True)`.
+            x: `DocumentWindows` with labels; their `dataset(flags=True)`; or a `tf.data.Dataset` of
+                batches like those, for lanes of your own. Such batches may leave out the flags that
+                the window loss does not need.
             *args: As in `keras.Model.fit`.
             validation_data: `DocumentWindows` with labels, or None.
             class_weight: Optional dict of class index to weight, multiplied into the weights of
                 the documents; the labels must be class indices or one-hot vectors.
+            callbacks: As in `keras.Model.fit`.
+            initial_epoch: int. Epoch at which to start; the windows take the order of that epoch.
+                With 0 they go on from their own `epoch`, so that a second `fit` has new orders.
             **kwargs: Further arguments of `keras.Model.fit`.
 
         Returns:
@@ -219,23 +237,41 @@ class TBPTTModel(keras.Model):
 
         Raises:
             ValueError: If the windows do not fit the model, or have no labels.
+            tf.errors.InvalidArgumentError: If the windows of a lane do not follow each other.
         """
-        packing = getattr(x, "packing", "aligned")
-        if self.backprop_windows == "all" and packing != "aligned":
+        source = _source(x)
+        if self.backprop_windows == "all" and source is not None and source.packing != "aligned":
             raise ValueError(
                 'backprop_windows="all" takes one step for all lanes when their documents have '
                 'ended: give it DocumentWindows(..., packing="aligned"). '
-                f"Received: packing={packing!r}"
+                f"Received: packing={source.packing!r}"
             )
-        x = self._windows_dataset(x, needs_labels=True)
-        if self.backprop_windows != 1:
-            self._history_of(self._kept_of(*_unpack(x.element_spec))).clear()
+        dataset = self._windows_dataset(x, learns=True)
+        flags, y, sample_weight = _batches.unpack(dataset.element_spec)
+        flags = _batches.with_all_flags(flags, self.lanes, self.window)
+        y = _batches.as_outputs(y, sample_weight, self.outputs)
+        self._learn.prepare(flags, y, sample_weight)
         kwargs.setdefault("shuffle", False)  # Keras warns that it cannot shuffle a dataset
         if class_weight is not None:
-            x = x.map(_class_weigher(class_weight, x.element_spec))
+            dataset = dataset.map(_batches.class_weigher(class_weight, dataset.element_spec))
         if validation_data is not None:
-            validation_data = self._windows_dataset(validation_data, needs_labels=True)
-        return super().fit(x, *args, validation_data=validation_data, **kwargs)
+            steps = kwargs.get("validation_steps")
+            validation_data = self._windows_dataset(validation_data, steps=steps)
+        if source is not None:
+            callbacks = _with_callback(callbacks, _FirstEpoch(source, initial_epoch))
+        self._order.clear()
+        self._fitted_windows = source
+        try:
+            return super().fit(
+                dataset,
+                *args,
+                validation_data=validation_data,
+                callbacks=callbacks,
+                initial_epoch=initial_epoch,
+                **kwargs,
+            )
+        finally:
+            self._fitted_windows = None
 
     def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Loss and metrics over documents, each counted once, at its last real step.
@@ -243,19 +279,33 @@ class TBPTTModel(keras.Model):
         With a target per step every real step counts. The state of training is kept apart.
 
         Args:
-            x: `DocumentWindows` with labels, or its `dataset(flags=True)`.
+            x: `DocumentWindows` with labels, their `dataset(flags=True)`, or batches of your own
+                (see `fit`).
             *args: As in `keras.Model.evaluate`.
             **kwargs: As in `keras.Model.evaluate`.
 
         Returns:
-            As `keras.Model.evaluate`.
+            As `keras.Model.evaluate`; NaN, with a warning, if no document ended in batches of
+            your own.
 
         Raises:
-            ValueError: If the windows do not fit the model, or have no labels.
+            ValueError: If the windows do not fit the model, have no labels, or no document ends in
+                the first `steps` of them.
+            tf.errors.InvalidArgumentError: If the windows of a lane do not follow each other.
         """
-        dataset = self._windows_dataset(x, needs_labels=True)
-        with preserve_states(self), _preserve_epoch(x):
-            return super().evaluate(dataset, *args, **kwargs)
+        dataset = self._windows_dataset(x, steps=kwargs.get("steps"))
+        # In `fit` Keras would go on in the middle of the data where `validation_steps` ended.
+        kwargs.pop("_use_cached_eval_dataset", None)
+        with self._apart(x):
+            results = super().evaluate(dataset, *args, **kwargs)
+        if not self._loss_metric.count.numpy():
+            warnings.warn(
+                "No document with a weight ended in the evaluation, so it has no figures: evaluate "
+                f"more windows. Received: {x!r} with {kwargs}",
+                stacklevel=2,
+            )
+            results = keras.tree.map_structure(lambda _: float("nan"), results)
+        return results
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Predictions for every row of every window; see `predict_documents` for documents.
@@ -263,17 +313,19 @@ class TBPTTModel(keras.Model):
         The state of training is kept apart.
 
         Args:
-            x: `DocumentWindows`, its `dataset(flags=True)`, or whatever `keras.Model.predict`
-                takes in batches of `[lanes, window, ...]`.
+            x: `DocumentWindows`, their `dataset(flags=True)`, or batches of your own (see `fit`).
             *args: As in `keras.Model.predict`.
             **kwargs: As in `keras.Model.predict`.
 
         Returns:
-            Arrays `[steps * lanes, ...]`, each read at the window's last real step where the
-            rows are windows of documents.
+            Arrays `[windows * lanes, ...]`, each read at the window's last real step.
+
+        Raises:
+            ValueError: If the windows do not fit the model.
+            tf.errors.InvalidArgumentError: If the windows of a lane do not follow each other.
         """
-        dataset = self._windows_dataset(x) if isinstance(x, DocumentWindows) else x
-        with preserve_states(self), _preserve_epoch(x), _single_steps(self):
+        dataset = self._windows_dataset(x, needs_labels=False)
+        with self._apart(x), _single_steps(self):
             return super().predict(dataset, *args, **kwargs)
 
     def predict_documents(self, documents: Any, offsets: Any = None, verbose: Any = 0) -> Any:
@@ -339,120 +391,15 @@ class TBPTTModel(keras.Model):
         Returns:
             A dict of the metrics' values.
         """
-        x, y, sample_weight = _unpack(data)
-        reset_states(self, x["starts"])
-        share = self._share(x, per_step=_is_per_step(data))
-        learns = tf.reduce_any(share > 0)
-        if self.backprop_windows != 1:
-            return self._train_step_with_reach(x, y, sample_weight, share, learns)
-
-        def learn():
-            with tf.GradientTape() as tape:
-                y_pred = self._read(x, training=True)
-                loss = self.compute_loss(
-                    x["inputs"], y, y_pred, sample_weight * share, training=True
-                )
-                scaled = self.optimizer.scale_loss(loss)
-            gradients = tape.gradient(scaled, self.trainable_variables)
-            # An embedding's gradient comes in a slice a word read. Keras's optimizers would square,
-            # and clip by, slices of the same word one by one instead of their sum.
-            if not isinstance(self.optimizer, LazyAdam):
-                gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
-            self.optimizer.apply(gradients, self.trainable_variables)
-            return loss, y_pred
-
-        def read():
-            return tf.zeros([], keras.backend.floatx()), self._read(x, training=True)
-
-        if self._may_only_read:
-            # Variables cannot be made inside a branch of tf.cond.
-            self.optimizer.build(self.trainable_variables)
-            loss, y_pred = tf.cond(learns, learn, read)
-        else:
-            loss, y_pred = learn()
-        self._track_loss(loss, share)
-        return self.compute_metrics(x["inputs"], y, y_pred, sample_weight * share)
-
-    def _train_step_with_reach(
-        self, x: Any, y: Any, sample_weight: tf.Tensor, share: tf.Tensor, learns: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
-        """Reads a window, keeps what it takes to read it again, and learns when it is time."""
+        x, y, sample_weight = self._begin(data, aligned=self.backprop_windows == "all")
+        share = self._share(x, per_step=_batches.is_per_step(sample_weight))
         weight = sample_weight * share
-        window = self._kept_of(x, y, weight)
-        history = self._history_of(window)
-        history.append(window)
-        y_pred = self._read(x, training=True)
-        loss = self.compute_loss(x["inputs"], y, y_pred, weight, training=True)
-
-        sliding = isinstance(self.backprop_windows, int)
-        crossing = 1.0
-        if not sliding:
-            learns = tf.reduce_all(x["ends"] | (x["lengths"] == 0))  # in every lane
-        if self.backprop_windows == "artbp":
-            draw = keras.random.uniform([], seed=self._cuts)
-            learns |= tf.cast(draw, "float32") < self.cut_probability
-            crossing = 1 / (1 - self.cut_probability)
-        crossings = [
-            crossing if pools or self.window_loss != "pooled" else 0.0 for pools in self._pools
-        ]
-
-        def learn():
-            gradients = backpropagate(
-                history,
-                self._read_again,
-                [variable.value for variable in self.trainable_variables],
-                window["states"],
-                crossings,
-                slices=isinstance(self.optimizer, LazyAdam),
-            )
-            self.optimizer.apply(gradients, self.trainable_variables)
-            if not sliding:
-                history.clear()
-            return True
-
-        self.optimizer.build(self.trainable_variables)
-        tf.cond(learns, learn, lambda: False)
-        self._track_loss(loss, share)
-        return self.compute_metrics(x["inputs"], y, y_pred, weight)
-
-    def _read_again(
-        self, window: Mapping[str, Any], back: tf.Tensor
-    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """The loss of a window that was read `back` windows ago, and the state after it."""
-        newest = tf.cast(back == 0, window["weight"].dtype)
-        weight = window["weight"]
-        if isinstance(self.backprop_windows, int):
-            weight *= newest
-        y_pred, new_states = explicit_state(self)(
-            window["inputs"], window["states"], True, self._mask(window), window["seeds"]
-        )
-        y_pred = keras.tree.map_structure(_unmasked, y_pred, self.output)
-        loss = self.compute_loss(window["inputs"], window["y"], y_pred, weight, training=True)
-        loss -= (1 - tf.cast(newest, loss.dtype)) * self._penalty(loss)  # once in a step
-        return self.optimizer.scale_loss(loss), new_states
-
-    def _kept_of(self, x: Mapping[str, Any], y: Any, weight: Any) -> dict[str, Any]:
-        """What it takes to read a window again, before it is read."""
-        return {
-            **{name: x[name] for name in ("inputs", "starts", "lengths")},
-            "states": [tf.identity(variable.value) for variable in state_variables(self)],
-            "seeds": [tf.identity(variable.value) for variable in seed_variables(self)],
-            "y": y,
-            "weight": weight,
-        }
-
-    def _history_of(self, window: Any) -> WindowHistory:
-        """The history for windows like this; inside a graph too, variables are made outside."""
-        spec = [(tensor.shape, tensor.dtype) for tensor in tf.nest.flatten(window)]
-        if self._history is None or self._history.spec != spec:
-            limit = self.backprop_windows if isinstance(self.backprop_windows, int) else None
-            specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), window)
-            with tf.init_scope():
-                self._history = WindowHistory(specs, limit)
-        return self._history
+        learnt = self._learn(x, y, weight, share)
+        report(self._loss_metric, learnt.loss, learnt.penalty, share)
+        return self.compute_metrics(x["inputs"], y, learnt.y_pred, weight)
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
-        """Reads one window of every lane, and counts the documents that end in it.
+        """Runs one window of every lane, and counts the documents that end in it.
 
         Args:
             data: A batch `(x, y, sample_weight)` of `DocumentWindows.dataset(flags=True)`.
@@ -460,30 +407,28 @@ class TBPTTModel(keras.Model):
         Returns:
             A dict of the metrics' values.
         """
-        x, y, sample_weight = _unpack(data)
-        reset_states(self, x["starts"])
-        per_step = _is_per_step(data)
+        x, y, sample_weight = self._begin(data)
+        per_step = _batches.is_per_step(sample_weight)
         share = window_weights(
             "per_window" if per_step else "final_only", x, self.window, per_step=per_step
         )
-        y_pred = self._read(x, training=False)
-        loss = self.compute_loss(x["inputs"], y, y_pred, sample_weight * share, training=False)
-        self._track_loss(loss, share)
-        return self.compute_metrics(x["inputs"], y, y_pred, sample_weight * share)
+        weight = sample_weight * share
+        y_pred = self.run_window(x, training=False)
+        with output_losses(self, share):
+            loss = self.compute_loss(x["inputs"], y, y_pred, weight, training=False)
+        report(self._loss_metric, loss, penalty(self, loss), share)
+        return self.compute_metrics(x["inputs"], y, y_pred, weight)
 
     def predict_step(self, data: Any) -> Any:
         """Predicts one window of every lane.
 
         Args:
-            data: A batch of `DocumentWindows.dataset(flags=True)`, or of plain inputs.
+            data: A batch of `DocumentWindows.dataset(flags=True)`.
 
         Returns:
             The model's outputs, at the last real step of the window where they have a time axis.
         """
-        x = data[0] if isinstance(data, tuple) else data
-        if not _has_flags(x):
-            return super().predict_step(data)
-        reset_states(self, x["starts"])
+        x = self._begin_lanes(data[0] if isinstance(data, tuple) else data)
         last = tf.maximum(x["lengths"] - 1, 0)
 
         def last_step(tensor: tf.Tensor) -> tf.Tensor:
@@ -491,7 +436,32 @@ class TBPTTModel(keras.Model):
                 return tensor
             return tf.gather(tensor, last, axis=1, batch_dims=1)
 
-        return keras.tree.map_structure(last_step, self._read(x, training=False))
+        return keras.tree.map_structure(last_step, self.run_window(x, training=False))
+
+    def run_window(self, x: Mapping[str, tf.Tensor], training: bool) -> Any:
+        """The forward pass over one window of every lane, from the state as it is.
+
+        Args:
+            x: Inputs and lane flags (see `DocumentWindows.dataset`).
+            training: bool, whether dropout and the like apply.
+
+        Returns:
+            The model's outputs.
+        """
+        y_pred = call_masked(self, x["inputs"], training, self.real_steps(x))
+        # Without their masks, by which Keras would weigh the loss a second time.
+        return keras.tree.map_structure(tf.identity, y_pred)
+
+    def real_steps(self, x: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """Which steps of a window are no padding, and in no idle lane.
+
+        Args:
+            x: Lane flags, `"lengths"` among them.
+
+        Returns:
+            bool `[lanes, window]`.
+        """
+        return tf.sequence_mask(x["lengths"], self.window)
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
         """The outputs carry no mask: a prediction stands for the window or the document.
@@ -589,65 +559,112 @@ class TBPTTModel(keras.Model):
         kinds = {"state": state_variables(self), "seed": seed_variables(self)}
         return {f"{kind}_{i}": v for kind, found in kinds.items() for i, v in enumerate(found)}
 
-    def _read(self, x: Mapping[str, tf.Tensor], training: bool) -> Any:
-        y_pred = self(x["inputs"], training=training, mask=self._mask(x))
-        # Without their masks, by which Keras would weigh the loss a second time.
-        return keras.tree.map_structure(tf.identity, y_pred)
+    @property
+    def may_only_run(self) -> bool:
+        """Whether there may be windows in which no lane has anything to learn from."""
+        return self.window_loss in FINAL_LOSSES or self.burn_in > 0
 
-    def _mask(self, x: Mapping[str, tf.Tensor]) -> tf.Tensor | None:
-        # An idle lane keeps one step, its own row's, as cuDNN refuses fully masked rows.
-        if self._unmasked_layers:
-            return None
-        return tf.sequence_mask(tf.maximum(x["lengths"], 1), self.window)
+    @property
+    def window_history(self) -> WindowHistory | None:
+        """The windows that the next step's gradient may flow back to; None with reach 1."""
+        return self._learn.history
+
+    @property
+    def window_order(self) -> WindowOrder:
+        """The place that training has come to in the document of each lane."""
+        return self._order
+
+    @property
+    def _loss_metric(self) -> keras.metrics.Mean:
+        return next(metric for metric in self.metrics if metric.name == "loss")
+
+    def _flags_needed(self, learns: bool, per_step: bool) -> list[str]:
+        """What the window loss and the reach need to know of a window, beside its start."""
+        if not learns:
+            return [] if per_step else ["ends"]
+        final, linear = self.window_loss in FINAL_LOSSES, self.window_loss == "linear_gain"
+        needed = ["ends"] if final or self.burn_in or self.backprop_windows != 1 else []
+        needed += ["positions"] if linear or self.burn_in else []
+        return needed + (["totals"] if linear else [])
+
+    def _begin(self, data: Any, aligned: bool = False) -> tuple[dict[str, Any], Any, tf.Tensor]:
+        """The parts of a batch, with all flags, once the lanes that begin a document are reset."""
+        x, y, sample_weight = _batches.unpack(data)
+        y = _batches.as_outputs(y, sample_weight, self.outputs)
+        return self._begin_lanes(x, aligned), y, sample_weight
+
+    def _begin_lanes(self, x: Mapping[str, tf.Tensor], aligned: bool = False) -> dict[str, Any]:
+        checks = []
+        if _batches.has_order(x):
+            checks += self._order.follow(x, aligned)
+        x = _batches.with_all_flags(x, self.lanes, self.window)
+        with tf.control_dependencies(checks):
+            x = {name: tf.identity(value) for name, value in x.items()}
+        reset_states(self, x["starts"])
+        return x
 
     def _share(self, x: Mapping[str, tf.Tensor], per_step: bool) -> tf.Tensor:
         """How much each lane's window counts in training: `[lanes]` or `[lanes, window]`."""
         share = window_weights(self.window_loss, x, self.window, per_step=per_step)
         if self.burn_in:
-            warm = x["ends"] | (x["offsets"] >= self.burn_in * self.window)
+            warm = x["ends"] | (x["positions"] >= self.burn_in * self.window)
             share *= tf.cast(warm[:, None] if per_step else warm, share.dtype)
         return share
 
-    @property
-    def window_history(self) -> WindowHistory | None:
-        """The windows that the next step's gradient may flow back to; None with reach 1."""
-        return self._history
+    @contextlib.contextmanager
+    def _apart(self, x: Any) -> Iterator[None]:
+        """Running windows without learning leaves training where it is."""
+        windows = [w for w in (_source(x), self._fitted_windows) if w is not None]
+        epochs, order = [w.epoch for w in windows], self._order.get()
+        self._order.clear()
+        try:
+            with preserve_states(self):
+                yield
+        finally:
+            self._order.set(order)
+            for w, epoch in zip(windows, epochs, strict=True):
+                w.epoch = epoch
 
-    @property
-    def _may_only_read(self) -> bool:
-        """Whether there may be windows in which no lane has anything to learn from."""
-        return self.window_loss in FINAL_LOSSES or self.burn_in > 0
-
-    def _track_loss(self, loss: tf.Tensor, share: tf.Tensor) -> None:
-        """Adds a batch to the reported loss: its mean over what counts, not over all lanes."""
-        penalty = self._penalty(loss)
-        total = tf.cast(tf.reduce_sum(share), loss.dtype)
-        mean = (loss - penalty) * tf.math.divide_no_nan(tf.cast(tf.size(share), loss.dtype), total)
-        self._loss_tracker.update_state(mean + penalty, sample_weight=total)
-
-    def _penalty(self, loss: tf.Tensor) -> tf.Tensor:
-        """What regularisation adds to the loss."""
-        terms = [tf.cast(term, loss.dtype) for term in self.losses]
-        return tf.add_n(terms) if terms else tf.zeros_like(loss)
-
-    def _windows_dataset(self, windows: Any, needs_labels: bool = False) -> tf.data.Dataset:
-        if isinstance(windows, tf.data.Dataset):
-            spec = windows.element_spec
-            if _has_flags(spec[0] if isinstance(spec, tuple) else spec):
-                return windows
-        if not isinstance(windows, DocumentWindows):
+    def _windows_dataset(
+        self, x: Any, learns: bool = False, needs_labels: bool = True, steps: int | None = None
+    ) -> tf.data.Dataset:
+        """What `fit`, `evaluate` or `predict` is given, as batches that fit the model."""
+        if isinstance(x, DocumentWindows):
+            self._check_windows(x)
+            if needs_labels and not x.has_labels:
+                raise ValueError(
+                    "Training and evaluation need labels: DocumentWindows(documents, labels, ...). "
+                    f"Received: {x!r} without labels"
+                )
+            dataset = x.dataset(flags=True)
+        else:
+            dataset = x
+        spec = getattr(dataset, "element_spec", None)
+        flags = spec[0] if isinstance(spec, tuple) else spec
+        if not isinstance(dataset, tf.data.Dataset) or not _batches.has_flags(flags):
             raise ValueError(
-                "A TBPTTModel reads windows of documents: pass keras_tbptt.DocumentWindows, or "
-                "its dataset(flags=True). "
-                f"Received: {type(windows).__name__}"
+                "A TBPTTModel runs windows of documents: pass keras_tbptt.DocumentWindows, or "
+                "their dataset(flags=True). "
+                f"Received: {type(x).__name__} of {spec}"
             )
-        self._check_windows(windows)
-        if needs_labels and not windows.has_labels:
-            raise ValueError(
-                "Training and evaluation need labels: DocumentWindows(documents, labels, ...). "
-                f"Received: {windows!r} without labels"
-            )
-        return windows.dataset(flags=True)
+        source = _source(x)
+        if dataset is x and source is not None:
+            self._check_windows(source)
+        if steps is not None and source is not None and not source.per_step:
+            if not source.ends[:steps].any():
+                raise ValueError(
+                    "No document ends in the windows to evaluate, so there would be no figures: "
+                    f"evaluate more of them. Received: steps={steps}, {source!r}"
+                )
+        if needs_labels:
+            flags, y, sample_weight = _batches.unpack(spec)
+            per_step = _batches.is_per_step(sample_weight)
+            needed = self._flags_needed(learns, per_step)
+            if learns and "lengths" in flags and not per_step:
+                needed.append("totals")
+            _batches.check_flags(flags, needed)
+            _batches.check_targets(y, sample_weight, self.outputs, self.window)
+        return dataset
 
     def _check_windows(self, windows: DocumentWindows) -> None:
         expected = tuple(self.inputs[0].shape)
@@ -658,32 +675,67 @@ class TBPTTModel(keras.Model):
                 f"lanes={expected[0]}, window={expected[1]} and steps of shape {expected[2:]}. "
                 f"Received: windows of batch shape {received}"
             )
-        for layer in self.layers:
-            if isinstance(layer, keras.layers.Embedding) and layer.input is self.inputs[0]:
-                if windows.max_id is None or windows.max_id >= layer.input_dim:
-                    raise ValueError(
-                        f"The ids must be integers below the vocabulary of layer {layer.name!r}, "
-                        f"input_dim={layer.input_dim}. Received: "
-                        + ("floats" if windows.max_id is None else f"id {windows.max_id}")
-                    )
-        if windows.has_padding and self._unmasked_layers:
+        for layer in _embeddings_of_ids(self, self.inputs):
+            if windows.max_id is None or windows.max_id >= layer.input_dim:
+                raise ValueError(
+                    f"The ids must be integers below the vocabulary of layer {layer.name!r}, "
+                    f"input_dim={layer.input_dim}. Received: "
+                    + ("floats" if windows.max_id is None else f"id {windows.max_id}")
+                )
+            if layer.mask_zero and windows.min_id == 0:
+                raise ValueError(
+                    f"Layer {layer.name!r} has mask_zero=True and takes id 0 for padding, but the "
+                    "documents contain it: let ids begin at 1, or leave mask_zero out (a "
+                    f"TBPTTModel masks padding by itself). Received: id 0 in {windows!r}"
+                )
+        off = off_time_layers(self, self.window)
+        if windows.has_padding and off:
             raise ValueError(
-                "A recurrent layer would read the padding of last windows, because no mask reaches "
-                "it: use Embedding(mask_zero=True), and between it and the input only layers that "
-                f"pass a mask on. Received: layers {self._unmasked_layers} of model {self.name!r}, "
-                f"{windows!r}"
+                "A layer would run over the padding of last windows, because its steps are not the "
+                "window's: remove strides and pooling before it, or give it documents that fill "
+                f"their windows. Received: layers {off} of model {self.name!r}, {windows!r}"
             )
 
 
-@contextlib.contextmanager
-def _preserve_epoch(windows: Any) -> Iterator[None]:
-    """Reading training windows without training on them is no epoch of theirs."""
-    epoch = getattr(windows, "epoch", None)
-    try:
-        yield
-    finally:
-        if epoch is not None:
-            windows.epoch = epoch
+class _FirstEpoch(keras.callbacks.Callback):
+    """Sets the epoch whose order the windows take first, after Keras has looked at a batch."""
+
+    def __init__(self, windows: DocumentWindows, initial_epoch: int):
+        super().__init__()
+        self._windows = windows
+        self._epoch = initial_epoch or windows.epoch
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._windows.epoch = self._epoch
+
+
+def _with_callback(callbacks: Any, first: keras.callbacks.Callback) -> Any:
+    """What `fit` takes as `callbacks`, with one more, called before the others."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks.callbacks.insert(0, first)
+        return callbacks
+    return [first, *keras.tree.flatten(callbacks or [])]
+
+
+def _source(x: Any) -> DocumentWindows | None:
+    """The windows that `x` is, or is the dataset of."""
+    return x if isinstance(x, DocumentWindows) else getattr(x, "source", None)
+
+
+def _embeddings_of_ids(
+    model: keras.Model, ids: Sequence[keras.KerasTensor]
+) -> list[keras.layers.Embedding]:
+    """The embeddings that look up the model's ids as they are, in nested models too."""
+    known, found = {id(tensor) for tensor in ids}, []
+    for layer in model.layers:
+        for tensors in _keras.calls(layer):
+            taken = [id(tensor) in known for tensor in tensors]
+            if isinstance(layer, keras.layers.Embedding) and any(taken):
+                found.append(layer)
+            elif isinstance(layer, keras.Model) and any(taken):
+                inner = [t for t, is_ids in zip(layer.inputs, taken, strict=True) if is_ids]
+                found += _embeddings_of_ids(layer, inner)
+    return found
 
 
 @contextlib.contextmanager
@@ -694,62 +746,3 @@ def _single_steps(model: keras.Model) -> Iterator[None]:
         yield
     finally:
         model.steps_per_execution = steps
-
-
-def _has_flags(x: Any) -> bool:
-    return isinstance(x, Mapping) and "starts" in x
-
-
-def _unpack(data: Any) -> tuple[Mapping[str, tf.Tensor], Any, tf.Tensor]:
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    if not _has_flags(x) or y is None or sample_weight is None:
-        raise ValueError(
-            "A batch for a TBPTTModel must be (x, y, sample_weight) as "
-            "DocumentWindows.dataset(flags=True) makes them. "
-            f"Received: x={x}, y={y}, sample_weight={sample_weight}"
-        )
-    return x, y, sample_weight
-
-
-def _unmasked(tensor: tf.Tensor, symbolic: keras.KerasTensor) -> tf.Tensor:
-    """Without its mask, and of the shape that the model's own batch gives it."""
-    return tf.ensure_shape(tf.identity(tensor), symbolic.shape)
-
-
-def _is_per_step(data: Any) -> bool:
-    return data[2].shape.rank == 2
-
-
-def _is_masked(tensor: keras.KerasTensor) -> bool:
-    """Whether a mask given with the model's input, or made on the way, reaches `tensor`."""
-    if getattr(tensor, "_keras_mask", None) is not None:
-        return True
-    operation, node_index, _ = tensor._keras_history
-    if isinstance(operation, keras.layers.InputLayer):
-        return True
-    if not getattr(operation, "supports_masking", False):
-        return False
-    return all(_is_masked(t) for t in operation._inbound_nodes[node_index].input_tensors)
-
-
-def _class_weigher(class_weight: Mapping[int, float], spec: tuple):
-    """Multiplies the weight of a label's class into a batch's sample weights."""
-    label = spec[1]
-    if not isinstance(label, tf.TensorSpec):
-        raise ValueError(
-            "`class_weight` works with one output; give `weights` to DocumentWindows instead. "
-            f"Received: labels {label}"
-        )
-    table = np.ones(max(class_weight) + 1, "float32")
-    for index, weight in class_weight.items():
-        table[index] = weight
-
-    def weigh(x, y, sample_weight):
-        index = y
-        if y.shape.rank > sample_weight.shape.rank:
-            index = y[..., 0] if y.shape[-1] == 1 else tf.argmax(y, axis=-1)
-        index = tf.minimum(tf.cast(index, "int32"), len(table))
-        weights = tf.gather(tf.concat([table, [1.0]], 0), index)
-        return x, y, sample_weight * weights
-
-    return weigh

@@ -10,6 +10,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt import _keras
+from keras_tbptt._masks import window_mask
+
 
 def stateful_layers(model: keras.Model) -> list[keras.layers.RNN]:
     """Finds every stateful recurrent layer, in nested models and wrappers too.
@@ -28,7 +31,7 @@ def stateful_layers(model: keras.Model) -> list[keras.layers.RNN]:
             cannot be carried into it.
     """
     found = []
-    for layer in model._flatten_layers(include_self=False):
+    for layer in _keras.flatten_layers(model):
         if isinstance(layer, keras.layers.Bidirectional):
             raise ValueError(
                 "A Bidirectional layer cannot carry its state from window to window: its backward "
@@ -222,7 +225,7 @@ def explicit_state(model: keras.Model) -> Callable:
             if seeds is not None:
                 for variable, seed in zip(seed_variables(model), seeds, strict=True):
                     scope.add_update((variable, seed))
-            outputs = _call_masked(model, inputs, training, mask)
+            outputs = call_masked(model, inputs, training, mask)
         if seeds is None:
             for variable in model.non_trainable_variables:
                 value = scope.get_current_value(variable)
@@ -243,11 +246,23 @@ def _any_rows(tensor: tf.Tensor | None) -> tf.Tensor | None:
     return tf.compat.v1.placeholder_with_default(tensor, [None, *tensor.shape[1:]])
 
 
-def _call_masked(model: keras.Model, inputs: Any, training: bool, mask: Any) -> Any:
+def call_masked(model: keras.Model, inputs: Any, training: bool, mask: tf.Tensor | None) -> Any:
+    """Calls a model whose layers get the window's mask, at any depth.
+
+    Args:
+        model: A built `keras.Model`.
+        inputs: What the model takes.
+        training: bool, whether dropout and the like apply.
+        mask: bool `[rows, window]`, True for real steps; None where there is no padding.
+
+    Returns:
+        The model's outputs.
+    """
     # A functional model passes the mask of its inputs on to its layers, yet Keras warns that it
     # would not, unless the model says that it supports masking.
     supported, model.supports_masking = model.supports_masking, True
     try:
-        return model(inputs, training=training, mask=mask)
+        with window_mask(model, mask):
+            return model(inputs, training=training, mask=mask)
     finally:
         model.supports_masking = supported

@@ -191,6 +191,13 @@ class DocumentWindows:
         return max(int(part.max()) for _, part in forms.chunks(self._values))
 
     @functools.cached_property
+    def min_id(self) -> int | None:
+        """The smallest id, or None where the documents are floats."""
+        if self._values.dtype.kind == "f":
+            return None
+        return min(int(part.min()) for _, part in forms.chunks(self._values))
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of documents, labels and weights, in hexadecimal."""
         targets = [t for t in tf.nest.flatten(self._targets) if t is not None]
@@ -224,7 +231,7 @@ class DocumentWindows:
             of `(x,)` without labels. `x` is `[lanes, window]` int32 ids or
             `[lanes, window, F]` floats; with `flags=True` a dict of it as `"inputs"` and, each
             `[lanes]`, `"starts"` and `"ends"` (bool), `"lengths"` (int32, real steps of the
-            window), `"offsets"` (int32, steps of the document before it) and `"totals"` (int32,
+            window), `"positions"` (int32, steps of the document before it) and `"totals"` (int32,
             steps of the document); with `stretch` these speak of the stretch. `y` is
             `[lanes, ...]`, or `[lanes, window, ...]` with `per_step=True`. `sample_weight` is
             float32 `[lanes]`, or `[lanes, window]` with `per_step=True`; zero where a lane is idle
@@ -311,7 +318,7 @@ class DocumentWindows:
             "starts": plan.starts[step],
             "ends": plan.ends[step],
             "lengths": length.astype("int32"),
-            "offsets": plan.offset[step].astype("int32"),
+            "positions": plan.offset[step].astype("int32"),
             "totals": plan.total[step].astype("int32"),
         }
         if self._targets is None:

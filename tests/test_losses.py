@@ -8,7 +8,7 @@ from keras_tbptt.losses import WINDOW_LOSSES, window_weights
 FLAGS = {
     "ends": tf.constant([False, True, True, False]),
     "lengths": tf.constant([10, 3, 3, 0]),
-    "offsets": tf.constant([10, 30, 0, 0]),
+    "positions": tf.constant([10, 30, 0, 0]),
     "totals": tf.constant([40, 33, 3, 0]),
 }
 
@@ -27,7 +27,7 @@ def test_linear_gain_rises_to_one_with_what_has_been_read():
 
 
 def test_no_window_counts_more_than_a_full_last_one():
-    last = {**FLAGS, "offsets": tf.constant([30, 30, 0, 0]), "ends": tf.constant([True] * 4)}
+    last = {**FLAGS, "positions": tf.constant([30, 30, 0, 0]), "ends": tf.constant([True] * 4)}
     for window_loss in WINDOW_LOSSES:
         assert max(window_weights(window_loss, FLAGS, 10)) <= 1
         assert window_weights(window_loss, last, 10)[0] == 1

@@ -416,11 +416,6 @@ def test_targets_per_step_give_the_gradients_of_plain_keras():
         np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def unmasked():
-    tokens = keras.Input(batch_shape=(4, 5), dtype="int32")
-    return TBPTTModel(tokens, L.LSTM(5, stateful=True)(L.Embedding(VOCAB, 6)(tokens)))
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -444,7 +439,11 @@ def unmasked():
             lambda: token_model().evaluate(DocumentWindows([[1]], window=5, lanes=4)),
             "need labels",
         ),
-        (lambda: unmasked().predict_documents([[1, 2, 3]]), "no mask reaches it"),
+        (
+            lambda: token_model().predict(windows_for(token_model()).dataset()),
+            r"dataset\(flags=True\)",
+        ),
+        (lambda: token_model().predict(np.ones((4, 5))), "pass keras_tbptt.DocumentWindows"),
         (
             lambda: token_model().compile(metrics=["mse"], weighted_metrics=["mse"]),
             "put them all into `weighted_metrics`",
@@ -456,8 +455,91 @@ def test_what_cannot_be_right_is_refused(make, message):
         make()
 
 
-def test_without_padding_no_mask_is_needed():
-    assert unmasked().predict_documents([[1, 2, 3, 4, 5]]).shape == (1, 5)
+def test_a_clone_trains_as_its_original_does():
+    settings = {
+        "window_loss": "final_only",
+        "backprop_windows": "artbp",
+        "cut_probability": 0.4,
+        "burn_in": 2,
+    }
+    for model in (token_model(**settings), compiled(token_model(**settings))):
+        clone = keras.models.clone_model(model)
+        assert type(clone) is TBPTTModel
+        assert {name: getattr(clone, name) for name in settings} == settings
+    halved = keras.models.clone_model(
+        model, clone_function=lambda layer: layer.__class__.from_config(layer.get_config())
+    )
+    assert halved.window_loss == "final_only"
+    # Another model made of the same tensors takes its own settings.
+    assert TBPTTModel(model.inputs, model.outputs).window_loss == "per_window"
+
+
+@pytest.mark.parametrize("validation", ["the windows", "their dataset"])
+def test_validation_on_the_training_windows_leaves_their_order_alone(validation):
+    def train(**kwargs):
+        model = compiled(token_model())
+        model.fit(windows, epochs=3, verbose=0, **kwargs)
+        return weights_of(model)
+
+    windows = windows_for(token_model(), shuffle=True, seed=1)
+    expected = train()
+    assert windows.epoch == 3
+    windows.epoch = 0
+    data = windows if validation == "the windows" else windows.dataset(flags=True)
+    np.testing.assert_array_equal(train(validation_data=data), expected)
+    assert windows.epoch == 3
+
+
+def test_an_initial_epoch_has_the_order_of_that_epoch():
+    def train(*fits):
+        model = compiled(token_model())
+        for windows, kwargs in fits:
+            model.fit(windows, verbose=0, **kwargs)
+        return weights_of(model), windows.epoch
+
+    def fresh():
+        return windows_for(token_model(), shuffle=True, seed=1)
+
+    expected, epoch = train((fresh(), {"epochs": 3}))
+    first = fresh(), {"epochs": 2}
+    weights, same_epoch = train(first, (fresh(), {"initial_epoch": 2, "epochs": 3}))
+    np.testing.assert_array_equal(weights, expected)
+    assert epoch == same_epoch == 3
+    used = fresh()
+    weights, _ = train((used, {"epochs": 2}), (used, {}))  # goes on by itself
+    np.testing.assert_array_equal(weights, expected)
+
+
+def test_an_epoch_of_one_window_is_one_epoch():
+    windows = DocumentWindows([[1, 2], [3]], [0, 1], window=5, lanes=4, shuffle=True)
+    compiled(token_model()).fit(windows, epochs=2, verbose=0)
+    assert windows.epoch == 2
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"window_loss": "final_only"},
+        {"burn_in": 1},
+        {"backprop_windows": 2},
+        {"backprop_windows": "all"},
+        {"window_loss": "linear_gain", "backprop_windows": "artbp"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("steps_per_execution", [1, 3])
+def test_loss_scaling_changes_nothing(kwargs, steps_per_execution):
+    def train(optimizer):
+        model = token_model(**kwargs)
+        compiled(model, optimizer, steps_per_execution=steps_per_execution)
+        windows = windows_for(model, packing="aligned")
+        for _ in range(2):  # the second traces anew
+            model.fit(windows, verbose=0)
+        return weights_of(model)
+
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01))
+    np.testing.assert_allclose(train(scaled), train(keras.optimizers.Adam(0.01)), atol=1e-5)
 
 
 @pytest.mark.parametrize("clip", [{}, {"clipnorm": 1e-3}, {"global_clipnorm": 1e-3}])

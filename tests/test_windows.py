@@ -27,7 +27,7 @@ def rejoin(windows):
         for lane in range(windows.lanes):
             if x["starts"][lane]:
                 reading[lane] = []
-            assert x["offsets"][lane] == sum(map(len, reading[lane])) or not x["lengths"][lane]
+            assert x["positions"][lane] == sum(map(len, reading[lane])) or not x["lengths"][lane]
             reading[lane].append(x["inputs"][lane, : x["lengths"][lane]])
             if x["ends"][lane]:
                 documents.append(np.concatenate(reading[lane]))
@@ -183,7 +183,7 @@ def test_a_batch_holds_what_its_docstring_says():
     np.testing.assert_array_equal(x0["starts"], [True, True, False])
     np.testing.assert_array_equal(x0["ends"], [False, True, False])
     np.testing.assert_array_equal(x1["ends"], [True, False, False])
-    np.testing.assert_array_equal(x1["offsets"], [2, 0, 0])
+    np.testing.assert_array_equal(x1["positions"], [2, 0, 0])
     np.testing.assert_array_equal(x0["lengths"], [2, 2, 0])
     np.testing.assert_array_equal(x0["totals"], [3, 2, 0])
     np.testing.assert_array_equal(y0[:2], [0, 1])

@@ -1,0 +1,69 @@
+"""The boundary to Keras: every name used here that is not its public API, one function each."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def flatten_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """All layers below a layer, at any depth: nested models, wrappers, custom layers.
+
+    Args:
+        layer: A layer or model, which the list leaves out.
+    """
+    return list(layer._flatten_layers(include_self=False))
+
+
+def calls(operation: Any) -> list[list[keras.KerasTensor]]:
+    """The symbolic tensors that an operation was called on, a list for each of its calls.
+
+    Args:
+        operation: A layer, model or operation of a functional model.
+    """
+    return [list(node.input_tensors) for node in operation._inbound_nodes]
+
+
+def set_mask(tensor: tf.Tensor, mask: tf.Tensor) -> None:
+    """Attaches a mask to a tensor, for the layers that take the tensor next.
+
+    Args:
+        tensor: `[lanes, steps, ...]`.
+        mask: bool `[lanes, steps]`.
+    """
+    tensor._keras_mask = mask
+
+
+def output_losses(model: keras.Model) -> list[keras.metrics.Mean]:
+    """What reports the loss of each output of a model of several; empty for one output.
+
+    Args:
+        model: A compiled model.
+    """
+    return list(model._compile_loss.metrics) if model._compile_loss is not None else []
+
+
+def original_of_clone(outputs: Any) -> keras.Model | None:
+    """The model that `keras.models.clone_model` is cloning when it calls a constructor.
+
+    `clone_model` calls the class with inputs, outputs and name alone, and passes no other
+    argument of the original on.
+
+    Args:
+        outputs: What the constructor was given.
+
+    Returns:
+        The original, or None where the caller is not `clone_model`.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        found = frame.f_locals
+        if frame.f_code.co_name == "_clone_functional_model" and (
+            found.get("output_tensors") is outputs
+        ):
+            return found["model"]
+        frame = frame.f_back
+    return None

@@ -1,0 +1,202 @@
+"""How a window is learnt from: with the gradient of one window, or of several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_tbptt._reporting import output_losses, penalty
+from keras_tbptt.optimizers import LazyAdam
+from keras_tbptt.reach import WindowHistory, backpropagate
+from keras_tbptt.state import explicit_state, seed_variables, state_variables
+
+
+class Learnt(NamedTuple):
+    """What a step found: outputs, Keras's loss of the batch, and the penalties in it."""
+
+    y_pred: Any
+    loss: tf.Tensor
+    penalty: tf.Tensor
+
+
+class OneWindow:
+    """The gradient of each window's loss, cut at the window's beginning.
+
+    Args:
+        model: A `TBPTTModel`.
+    """
+
+    def __init__(self, model: keras.Model):
+        self._model = model
+        self.history: WindowHistory | None = None
+
+    def prepare(self, x: Any, y: Any, sample_weight: Any) -> None:
+        """Begins a training.
+
+        Args:
+            x: `tf.TensorSpec`s of the inputs and lane flags.
+            y: `tf.TensorSpec`s of the targets.
+            sample_weight: `tf.TensorSpec` of the weights.
+        """
+
+    def __call__(self, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: Any) -> Learnt:
+        """Learns from a window of every lane.
+
+        Args:
+            x: Inputs and lane flags.
+            y: Targets.
+            weight: What each row counts in the loss, weights of documents included.
+            share: What each row counts, weights of documents left out.
+        """
+        model = self._model
+        if not model.may_only_run:
+            return self._learn(x, y, weight, share)
+        _build(model.optimizer, model.trainable_variables)
+        zero = tf.zeros([], keras.backend.floatx())
+        return tf.cond(
+            tf.reduce_any(share > 0),
+            lambda: self._learn(x, y, weight, share),
+            lambda: Learnt(model.run_window(x, training=True), zero, zero),
+        )
+
+    def _learn(self, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: Any) -> Learnt:
+        model = self._model
+        with tf.GradientTape() as tape:
+            y_pred = model.run_window(x, training=True)
+            with output_losses(model, share):
+                loss = model.compute_loss(x["inputs"], y, y_pred, weight, training=True)
+            scaled = model.optimizer.scale_loss(loss)
+        added = penalty(model, loss)  # now: the optimizer's step changes the weights
+        gradients = tape.gradient(scaled, model.trainable_variables)
+        # An embedding's gradient comes in a slice for each word. Keras's optimizers would square
+        # slices of the same word one by one, and clip by them, instead of by their sum.
+        if not isinstance(model.optimizer, LazyAdam):
+            gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
+        model.optimizer.apply(gradients, model.trainable_variables)
+        return Learnt(y_pred, loss, added)
+
+
+class SeveralWindows:
+    """The gradient of each window's loss through the windows before it (see `backprop_windows`).
+
+    Args:
+        model: A `TBPTTModel`.
+        cuts: What draws the cuts of `"artbp"`; None for a reach without chance.
+    """
+
+    def __init__(self, model: keras.Model, cuts: keras.random.SeedGenerator | None):
+        self._model = model
+        self._cuts = cuts
+        self._sliding = isinstance(model.backprop_windows, int)
+        self.history: WindowHistory | None = None
+
+    def prepare(self, x: Any, y: Any, sample_weight: Any) -> None:
+        """Begins a training without windows to look back to.
+
+        Args:
+            x: `tf.TensorSpec`s of the inputs and lane flags.
+            y: `tf.TensorSpec`s of the targets.
+            sample_weight: `tf.TensorSpec` of the weights.
+        """
+        self._history_of(self._kept_of(x, y, sample_weight)).clear()
+
+    def __call__(self, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: Any) -> Learnt:
+        """Runs a window, keeps what it takes to run it again, and learns when it is time.
+
+        Args:
+            x: Inputs and lane flags.
+            y: Targets.
+            weight: What each row counts in the loss, weights of documents included.
+            share: What each row counts, weights of documents left out.
+        """
+        model = self._model
+        window = self._kept_of(x, y, weight)
+        history = self._history_of(window)
+        history.append(window)
+        y_pred = model.run_window(x, training=True)
+        with output_losses(model, share):
+            loss = model.compute_loss(x["inputs"], y, y_pred, weight, training=True)
+        added = penalty(model, loss)
+
+        learns = tf.reduce_any(share > 0)
+        crossing = 1.0
+        if not self._sliding:
+            learns = tf.reduce_all(x["ends"] | (x["lengths"] == 0))  # in every lane
+        if self._cuts is not None:
+            draw = keras.random.uniform([], seed=self._cuts)
+            learns |= tf.cast(draw, "float32") < model.cut_probability
+            crossing = 1 / (1 - model.cut_probability)
+        pooled = model.window_loss == "pooled"
+        crossings = [crossing if pools or not pooled else 0.0 for pools in model.pools]
+
+        def learn() -> bool:
+            gradients = backpropagate(
+                history,
+                self._run_again,
+                [variable.value for variable in model.trainable_variables],
+                window["states"],
+                crossings,
+                slices=isinstance(model.optimizer, LazyAdam),
+            )
+            model.optimizer.apply(gradients, model.trainable_variables)
+            if not self._sliding:
+                history.clear()
+            return True
+
+        _build(model.optimizer, model.trainable_variables)
+        tf.cond(learns, learn, lambda: False)
+        return Learnt(y_pred, loss, added)
+
+    def _run_again(
+        self, window: Mapping[str, Any], back: tf.Tensor
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """The loss of a window that was run `back` windows ago, and the state after it."""
+        model = self._model
+        newest = tf.cast(back == 0, window["weight"].dtype)
+        weight = window["weight"]
+        if self._sliding:
+            weight *= newest
+        y_pred, new_states = explicit_state(model)(
+            window["inputs"], window["states"], True, model.real_steps(window), window["seeds"]
+        )
+        y_pred = keras.tree.map_structure(_of_shape, y_pred, model.output)
+        with output_losses(model, None):
+            loss = model.compute_loss(window["inputs"], window["y"], y_pred, weight, training=True)
+        loss -= (1 - tf.cast(newest, loss.dtype)) * penalty(model, loss)  # once in a step
+        return model.optimizer.scale_loss(loss), new_states
+
+    def _kept_of(self, x: Mapping[str, Any], y: Any, weight: Any) -> dict[str, Any]:
+        """What it takes to run a window again, before it is run."""
+        model = self._model
+        return {
+            **{name: x[name] for name in ("inputs", "starts", "lengths")},
+            "states": [tf.identity(variable.value) for variable in state_variables(model)],
+            "seeds": [tf.identity(variable.value) for variable in seed_variables(model)],
+            "y": y,
+            "weight": weight,
+        }
+
+    def _history_of(self, window: Any) -> WindowHistory:
+        """The history for windows like this; inside a graph too, variables are made outside."""
+        spec = [(tensor.shape, tensor.dtype) for tensor in tf.nest.flatten(window)]
+        if self.history is None or self.history.spec != spec:
+            limit = self._model.backprop_windows if self._sliding else None
+            specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), window)
+            with tf.init_scope():
+                self.history = WindowHistory(specs, limit)
+        return self.history
+
+
+def _build(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> None:
+    """Makes the optimizer's variables, which cannot be made inside a branch of `tf.cond`."""
+    if not optimizer.built:
+        with tf.init_scope():
+            optimizer.build(variables)
+
+
+def _of_shape(tensor: tf.Tensor, symbolic: keras.KerasTensor) -> tf.Tensor:
+    """Without its mask, and of the shape that the model's own batch gives it."""
+    return tf.ensure_shape(tf.identity(tensor), symbolic.shape)
