@@ -70,8 +70,8 @@ def export_saved_model(
         The path of the version directory.
 
     Raises:
-        ValueError: If the model has no stateful layer, the version is there already, or an argument
-            is out of its range.
+        ValueError: If the model has no stateful layer, an output is named `state`, two outputs have
+            one name, the version already exists, or an argument is out of range.
         OSError: If the directory cannot be written; nothing is left behind then.
     """
     if len(warmup_texts) > 300 or (warmup_texts and vectorizer is None):

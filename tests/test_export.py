@@ -144,6 +144,57 @@ def test_several_outputs_keep_their_names(vectorizer, tmp_path):
     }
 
 
+def model_with_outputs(outputs):
+    """A model whose outputs are what `outputs` makes of one recurrent layer."""
+    tokens = keras.Input(batch_shape=(4, 5), dtype="int32")
+    x = keras.layers.Embedding(VOCAB, 6, mask_zero=True)(tokens)
+    return keras.Model(tokens, outputs(keras.layers.LSTM(5, stateful=True)(x)))
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        lambda x: {"state": keras.layers.Dense(2)(x), "other": keras.layers.Dense(1)(x)},
+        lambda x: [keras.layers.Dense(2, name=name)(x) for name in ("other", "state")],
+    ],
+    ids=["dict", "list"],
+)
+def test_an_output_with_the_name_of_the_stream_s_state_is_refused(outputs, vectorizer, tmp_path):
+    message = r"rename.*Received: outputs \['other', 'state'\]"
+    with pytest.raises(ValueError, match=message):
+        keras_tbptt.export_saved_model(model_with_outputs(outputs), tmp_path / "m", vectorizer)
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_output_may_have_the_name_of_an_input(vectorizer, tmp_path):
+    names = ["batch_size", "ids", "lengths", "start", "text"]  # the names of all inputs but `state`
+    model = model_with_outputs(lambda x: {name: keras.layers.Dense(2)(x) for name in names})
+    path = keras_tbptt.export_saved_model(model, tmp_path, vectorizer)
+    serve = tf.saved_model.load(str(path)).signatures
+    ids, lengths = tf.constant([[2, 3, 4]]), tf.constant([3])
+    expected, _ = tf.function(document_reader(model))(ids, lengths)
+    state = serve["initial_state"](tf.constant(1))["state"]
+    stream = {"ids": ids, "lengths": lengths, "state": state, "start": tf.constant([True])}
+    answer = serve["stream_tokens"](**stream)
+    assert sorted(answer) == sorted([*names, "state"])
+    for name in names:
+        np.testing.assert_allclose(answer[name], expected[name], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        lambda x: list(map(keras.layers.Dense(2, name="shared"), (x, 2 * x))),
+        lambda x: {"a": [keras.layers.Dense(2)(x), keras.layers.Dense(1)(x)], "b": x},
+    ],
+    ids=["one layer twice", "a list in a dict"],
+)
+def test_outputs_that_do_not_each_have_a_name_are_refused(outputs, tmp_path):
+    with pytest.raises(ValueError, match=r"Every output needs a name of its own.*Received: "):
+        keras_tbptt.export_saved_model(model_with_outputs(outputs), tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
 def test_versions_count_up_and_none_is_overwritten(model, vectorizer, tmp_path):
     paths = [keras_tbptt.export_saved_model(model, tmp_path, vectorizer) for _ in range(2)]
     assert [p.name for p in paths] == ["1", "2"]
