@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -52,6 +54,7 @@ def export_saved_model(
     step. Pieces end between words.
 
     The version directory appears whole or not at all: it is written beside its place and renamed.
+    Several exports into one directory at once each get a version.
 
     Args:
         model: A functional or `Sequential` model with stateful layers and one input of a fixed
@@ -91,15 +94,9 @@ def export_saved_model(
 
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if version is None:
-            version = 1 + max((int(p.name) for p in path.iterdir() if p.name.isdigit()), default=0)
-        final = path / str(version)
-        if final.exists():
-            raise ValueError(
-                f"Version {version} is there already: choose another, or None for the next. "
-                f"Received: version={version}, path={str(path)!r}"
-            )
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{version}-", dir=path))
+        if version is not None and (path / str(version)).exists():
+            raise _version_exists(path, version)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=".export-", dir=path))
     except OSError as error:
         raise OSError(
             f"The export directory cannot be written: choose one that can. "
@@ -115,15 +112,49 @@ def export_saved_model(
         if warmup_texts:
             _write_warmup(partial, path.name, warmup_texts, StreamState(model).width)
         partial.chmod(0o755)
-        partial.rename(final)
+        final = _publish(partial, path, version)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if keep is not None:
-        versions = sorted((int(p.name), p) for p in path.iterdir() if p.name.isdigit())
-        for _, old in versions[:-keep]:
-            shutil.rmtree(old)
+        _delete(path, _versions(path)[:-keep])
     return final
+
+
+def _versions(path: pathlib.Path) -> list[int]:
+    return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit())
+
+
+def _version_exists(path: pathlib.Path, version: int) -> ValueError:
+    return ValueError(
+        f"Version {version} already exists: choose another, or None for the next. "
+        f"Received: version={version}, path={str(path)!r}"
+    )
+
+
+def _publish(partial: pathlib.Path, path: pathlib.Path, version: int | None) -> pathlib.Path:
+    """Renames a finished export to the directory of its version, None for the next one."""
+    while True:
+        # The next version is known only now, because other exports may end while this one saves.
+        chosen = 1 + max(_versions(path), default=0) if version is None else version
+        try:
+            return partial.rename(path / str(chosen))
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if version is not None:
+                raise _version_exists(path, version) from error
+
+
+def _delete(path: pathlib.Path, versions: Sequence[int]) -> None:
+    """Deletes versions, each of which disappears at once."""
+    if not versions:
+        return
+    with tempfile.TemporaryDirectory(prefix=".deleted-", dir=path) as deleted:
+        for version in versions:
+            # Another export may have deleted the version already.
+            with contextlib.suppress(FileNotFoundError):
+                (path / str(version)).rename(pathlib.Path(deleted) / str(version))
 
 
 def write_models_config(path: str | os.PathLike, mount: str = "/models") -> pathlib.Path:
