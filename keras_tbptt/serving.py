@@ -104,12 +104,10 @@ def signatures(
         right = _require(batch_size >= 0, "`batch_size` must not be negative.", batch_size)
         return {"state": tf.repeat(layout.initial(), _after([right], batch_size), axis=0)}
 
-    if vectorizer is None:
-        return {"serving_default": tokens, "stream": stream_tokens, "initial_state": initial_state}
     return {
-        "serving_default": serving_default,
+        "serving_default": tokens if vectorizer is None else serving_default,
         "tokens": tokens,
-        "stream": stream,
+        "stream": stream_tokens if vectorizer is None else stream,
         "stream_tokens": stream_tokens,
         "initial_state": initial_state,
     }
