@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tbptt.client import grpc_request
+from keras_tbptt.client import grpc_request, serving_extra
 from keras_tbptt.serving import StreamState, signatures
 
 
@@ -44,8 +44,8 @@ def export_saved_model(
     Outputs are `probability`, float32 `[batch, ...]`, or the model's output names, if it has
     several outputs or its last layer is no sigmoid or softmax; each is read at the last step so
     far. Where the model reads floats, `ids` is `features`, float32 `[batch, time, F]`. Without a
-    vectorizer nothing takes `text`, `serving_default` is what `tokens` would be, and `stream` what
-    `stream_tokens` would be.
+    vectorizer no signature takes `text`: `serving_default` does what `tokens` does, and `stream`
+    what `stream_tokens` does.
 
     `state` is float32 `[batch, S]`, one row a stream: the latest outputs and all of the model's
     recurrent state, each flat, in the order of `keras_tbptt.state.state_variables`. Where `start`
@@ -73,6 +73,7 @@ def export_saved_model(
         The path of the version directory.
 
     Raises:
+        ImportError: If there are warm-up texts and the extra `serving` is not installed.
         ValueError: If the model has no stateful layer, an output is named `state`, two outputs have
             one name, the version already exists, or an argument is out of range.
         OSError: If the directory cannot be written; nothing is left behind then.
@@ -91,6 +92,7 @@ def export_saved_model(
     served.weights = [weight.value for weight in model.weights]
     served.vectorizer = vectorizer
     served.endpoints = signatures(model, vectorizer)
+    warmup = _warmup_requests(path.name, warmup_texts, StreamState(model).width)
 
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -109,8 +111,12 @@ def export_saved_model(
             signatures=served.endpoints,
             options=tf.saved_model.SaveOptions(save_debug_info=False),
         )
-        if warmup_texts:
-            _write_warmup(partial, path.name, warmup_texts, StreamState(model).width)
+        if warmup:
+            folder = partial / "assets.extra"
+            folder.mkdir(exist_ok=True)
+            with tf.io.TFRecordWriter(str(folder / "tf_serving_warmup_requests")) as writer:
+                for request in warmup:
+                    writer.write(request)
         partial.chmod(0o755)
         final = _publish(partial, path, version)
     except BaseException:
@@ -183,19 +189,22 @@ def _folders(path: pathlib.Path) -> list[pathlib.Path]:
     return [p for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
 
 
-def _write_warmup(version: pathlib.Path, name: str, texts: Sequence[str], width: int) -> None:
-    from tensorflow_serving.apis import prediction_log_pb2
+def _warmup_requests(name: str, texts: Sequence[str], width: int) -> list[bytes]:
+    """A `PredictionLog` of every signature that takes text, for each text."""
+    if not texts:
+        return []
+    with serving_extra("`warmup_texts`"):
+        from tensorflow_serving.apis import prediction_log_pb2
 
-    folder = version / "assets.extra"
-    folder.mkdir(exist_ok=True)
-    with tf.io.TFRecordWriter(str(folder / "tf_serving_warmup_requests")) as writer:
-        for text in texts:
-            stream = {"text": [text], "state": np.zeros([1, width], "float32"), "start": [True]}
-            for request in (
-                grpc_request(name, {"text": [text]}, "serving_default"),
-                grpc_request(name, {"batch_size": 1}, "initial_state"),
-                grpc_request(name, stream, "stream"),
-            ):
-                log = prediction_log_pb2.PredictionLog()
-                log.predict_log.request.CopyFrom(request)
-                writer.write(log.SerializeToString())
+    records = []
+    for text in texts:
+        stream = {"text": [text], "state": np.zeros([1, width], "float32"), "start": [True]}
+        for request in (
+            grpc_request(name, {"text": [text]}, "serving_default"),
+            grpc_request(name, {"batch_size": 1}, "initial_state"),
+            grpc_request(name, stream, "stream"),
+        ):
+            log = prediction_log_pb2.PredictionLog()
+            log.predict_log.request.CopyFrom(request)
+            records.append(log.SerializeToString())
+    return records
