@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import http.client
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,10 @@ Predict = Callable[[Mapping[str, Any], str], dict[str, np.ndarray]]
 
 
 class ServingError(Exception):
-    """The server refused a request; the message is the server's."""
+    """The server refused a request, or its reply is broken.
+
+    The message of a refusal is the server's.
+    """
 
 
 class RestClient:
@@ -42,39 +47,73 @@ class RestClient:
     def predict(
         self, inputs: Mapping[str, Any], signature: str = "serving_default"
     ) -> dict[str, np.ndarray]:
-        """The outputs of a signature (see `keras_tbptt.export_saved_model`).
+        """Returns the outputs of a signature (see `keras_tbptt.export_saved_model`).
 
         Args:
-            inputs: Name to array, or to lists of texts.
+            inputs: Name to array, or to lists of texts (str or UTF-8 bytes).
             signature: str.
 
         Returns:
             Name to array.
 
         Raises:
-            ServingError: If the server refuses the request.
-            OSError: If the server cannot be reached.
+            ValueError: If an input is neither an array of texts nor one of numbers.
+            ServingError: If the server refuses the request, or its reply is broken.
+            OSError: If the server cannot be reached, or does not answer within `timeout`.
         """
-        outputs = self._ask(":predict", rest_request(inputs, signature))["outputs"]
+        reply = self._ask(":predict", rest_request(inputs, signature))
+        if not isinstance(reply, dict) or reply.get("outputs") is None:
+            raise ServingError(
+                f"The server's reply has no `outputs`: check that {self.url} is the address of a "
+                f"TF Serving model. Received: {_shortened(reply)}"
+            )
+        outputs = reply["outputs"]
         if not isinstance(outputs, dict):  # the API does not name an output that is alone
             outputs = {self._output_of(signature): outputs}
-        return {name: np.asarray(value) for name, value in outputs.items()}
+        arrays = {}
+        for name, value in outputs.items():
+            try:
+                arrays[name] = np.asarray(value)
+            except ValueError as error:  # lists of different lengths
+                raise _not_an_output(name, value) from error
+            if arrays[name].dtype == object:
+                raise _not_an_output(name, value)
+        return arrays
 
     def _output_of(self, signature: str) -> str:
         if signature not in self._names:
-            signatures = self._ask("/metadata")["metadata"]["signature_def"]["signature_def"]
-            self._names = {key: next(iter(value["outputs"])) for key, value in signatures.items()}
+            reply = self._ask("/metadata")
+            try:
+                signatures = reply["metadata"]["signature_def"]["signature_def"]
+                [self._names[signature]] = signatures[signature]["outputs"]
+            except (KeyError, TypeError, ValueError) as error:
+                raise ServingError(
+                    f"The server's metadata names no output of signature {signature!r}. "
+                    f"Received: {_shortened(reply)}"
+                ) from error
         return self._names[signature]
 
-    def _ask(self, what: str, body: bytes | None = None) -> dict[str, Any]:
+    def _ask(self, what: str, body: bytes | None = None) -> Any:
         request = urllib.request.Request(
             self.url + what, data=body, headers={"Content-Type": "application/json"}
         )
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                return json.load(reply)
+                content = reply.read()
         except urllib.error.HTTPError as error:
-            raise ServingError(error.read().decode(errors="replace")) from error
+            raise ServingError(_refusal(error)) from error
+        except (ConnectionError, http.client.HTTPException) as error:
+            raise ServingError(
+                "The server's reply is not complete: send the request again. "
+                f"Received: {error!r} from {self.url + what}"
+            ) from error
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise ServingError(
+                f"The server's reply is not JSON: check that {self.url} is the address of a "
+                f"TF Serving model. Received: {_shortened(content)}"
+            ) from error
 
 
 class GrpcClient:
@@ -84,11 +123,15 @@ class GrpcClient:
         target: Host and port, such as `"localhost:8500"`.
         model: Name of the model.
         timeout: Seconds that a request may take.
+
+    Raises:
+        ImportError: If the extra is not installed.
     """
 
     def __init__(self, target: str, model: str, timeout: float = 10.0):
-        import grpc
-        from tensorflow_serving.apis import prediction_service_pb2_grpc
+        with serving_extra("The gRPC client"):
+            import grpc
+            from tensorflow_serving.apis import prediction_service_pb2_grpc
 
         self.model = model
         self.timeout = timeout
@@ -98,17 +141,20 @@ class GrpcClient:
     def predict(
         self, inputs: Mapping[str, Any], signature: str = "serving_default"
     ) -> dict[str, np.ndarray]:
-        """The outputs of a signature (see `keras_tbptt.export_saved_model`).
+        """Returns the outputs of a signature (see `keras_tbptt.export_saved_model`).
 
         Args:
-            inputs: Name to array, or to lists of texts.
+            inputs: Name to array, or to lists of texts (str or UTF-8 bytes).
             signature: str.
 
         Returns:
             Name to array.
 
         Raises:
-            ServingError: If the server refuses the request, or cannot be reached.
+            ValueError: If an input is neither an array of texts nor one of numbers, or an integer
+                does not fit into int32.
+            ServingError: If the server refuses the request or cannot be reached, or its reply is
+                broken.
         """
         import grpc
         import tensorflow as tf
@@ -117,77 +163,281 @@ class GrpcClient:
         try:
             reply = self._stub.Predict(request, timeout=self.timeout)
         except grpc.RpcError as error:
-            raise ServingError(error.details()) from error
-        return {name: tf.make_ndarray(value) for name, value in reply.outputs.items()}
+            message = f"The server refused the request. Received: {error.code()}"
+            raise ServingError(error.details() or message) from error
+        arrays = {}
+        for name, value in reply.outputs.items():
+            try:
+                arrays[name] = tf.make_ndarray(value)
+            except (TypeError, ValueError) as error:
+                raise _not_an_output(name, value) from error
+        return arrays
 
 
 class Session:
-    """One stream of text, whose state is kept here, between requests.
+    """One stream, whose state is kept here between requests.
 
     Args:
         predict: `RestClient(...).predict` or `GrpcClient(...).predict`.
 
     Attributes:
-        state: float32 `[1, S]`, or None before the first piece; may be kept as bytes, and set.
+        state: float32 `[1, S]`, or None before the first piece. Set it to a state that was saved,
+            `[1, S]` or `[S]`, to continue its stream.
+
+    Example:
+
+    ```python
+    session = Session(RestClient("http://localhost:8501/v1/models/imdb").predict)
+    session.send("I love")["probability"]
+    session.send("this film.")["probability"]
+    ```
     """
 
     def __init__(self, predict: Predict):
         self._predict = predict
-        self.state: np.ndarray | None = None
+        self._state: np.ndarray | None = None
 
-    def send(self, text: str | bytes) -> dict[str, np.ndarray]:
-        """Reads the next piece of the text.
+    @property
+    def state(self) -> np.ndarray | None:
+        """The state after the last piece, float32 `[1, S]`, or None before the first."""
+        return self._state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if state is None:
+            self._state = None
+            return
+        try:
+            row = np.array(state, "float32")
+        except (TypeError, ValueError):
+            row = None
+        if row is None or row.ndim not in (1, 2) or (row.ndim == 2 and len(row) != 1):
+            raise ValueError(
+                "`state` must be the state of one stream, float32 [1, S] or [S], or None. "
+                f"Received: {_shortened(state) if row is None else f'shape {row.shape}'}"
+            )
+        self._state = row.reshape(1, -1)
+
+    def send(
+        self, text: str | bytes | None = None, *, ids: Any = None, features: Any = None
+    ) -> dict[str, np.ndarray]:
+        """Sends the next piece of the stream: text, ids or features, whichever the export takes.
+
+        An empty piece leaves the state and the outputs as they are. If the call fails, the session
+        keeps its state, and the piece may be sent again.
 
         Args:
-            text: Words, in UTF-8 if they are bytes; a piece ends between words.
+            text: Words, in UTF-8 if they are bytes. A piece ends between words.
+            ids: Integers `[time]`, for a model of ids.
+            features: Numbers `[time, F]`, for a model of features.
 
         Returns:
-            The outputs after it, each `[...]` without a batch axis.
+            The outputs after the piece, each `[...]` without a batch axis.
+
+        Raises:
+            ValueError: If the piece is not what its argument says; no request is sent.
+            ServingError: As the client's `predict`; or if the reply is not that of a stream. For
+                ids and features the export needs a signature `stream_tokens`: a model that version
+                0.1 exported without a vectorizer must be exported again.
+            OSError: As the client's `predict`.
         """
-        start = self.state is None
-        state = self._predict({"batch_size": 1}, "initial_state")["state"] if start else self.state
-        outputs = self._predict({"text": [text], "state": state, "start": [start]}, "stream")
-        self.state = np.asarray(outputs.pop("state"), "float32").reshape(1, -1)
-        return {name: value[0] for name, value in outputs.items()}
+        piece, signature = _piece(text, ids, features)
+        start = self._state is None
+        state = self._state
+        if start:
+            state = _stream_reply(self._predict({"batch_size": 1}, "initial_state"))[0]
+        reply = self._predict({**piece, "state": state, "start": [start]}, signature)
+        self._state, outputs = _stream_reply(reply, width=state.shape[1])
+        return outputs
 
     def reset(self) -> None:
         """Begins a new stream."""
-        self.state = None
+        self._state = None
 
 
 def rest_request(inputs: Mapping[str, Any], signature: str) -> bytes:
-    """The body of a `:predict` request, in the API's column format.
+    """Returns the body of a `:predict` request, in the API's column format.
 
     Args:
-        inputs: Name to array, or to lists of texts.
+        inputs: Name to array, or to lists of texts (str or bytes).
         signature: str.
+
+    Raises:
+        ValueError: If an input is neither an array of texts nor one of numbers.
     """
-    columns = {name: np.asarray(value).tolist() for name, value in inputs.items()}
+    columns = {name: _array(name, value).tolist() for name, value in inputs.items()}
     body = {"signature_name": signature, "inputs": columns}
     return json.dumps(body, default=_base64).encode()
+
+
+def grpc_request(model: str, inputs: Mapping[str, Any], signature: str) -> Any:
+    """Returns a `PredictRequest`.
+
+    Args:
+        model: Name of the model.
+        inputs: Name to array, or to lists of texts (str or bytes). Numbers of 64 bits become int32
+            or float32, which exports take.
+        signature: str.
+
+    Raises:
+        ImportError: If the extra `serving` is not installed.
+        ValueError: If an input is neither an array of texts nor one of numbers, or an integer does
+            not fit into int32.
+    """
+    with serving_extra("A gRPC request"):
+        from tensorflow_serving.apis import predict_pb2
+    import tensorflow as tf
+
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = model
+    request.model_spec.signature_name = signature
+    for name, value in inputs.items():
+        array = _array(name, value)
+        if array.dtype == "int64":
+            array = _int32(name, array)
+        elif array.dtype == "float64":
+            array = array.astype("float32")
+        request.inputs[name].CopyFrom(tf.make_tensor_proto(array))
+    return request
+
+
+@contextlib.contextmanager
+def serving_extra(what: str) -> Iterator[None]:
+    """Imports inside it raise an `ImportError` that names the extra `serving`.
+
+    Args:
+        what: What needs the extra, as the subject of a sentence.
+    """
+    try:
+        yield
+    except ImportError as missing:
+        raise ImportError(
+            f"{what} needs more packages: pip install 'keras-tbptt[serving]'. Received: {missing}"
+        ) from missing
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    """An input of a request, without NumPy's own strings.
+
+    They are all as long as the longest, take no bytes beside str, and lose NULs at the end.
+    """
+    try:
+        array = np.asarray(value, dtype=None if hasattr(value, "dtype") else object)
+        if array.dtype.kind in "SU":
+            array = array.astype(object)
+        if array.dtype == object and not any(isinstance(v, (str, bytes)) for v in array.flat):
+            array = np.asarray(value)
+    except ValueError as error:  # lists of different lengths
+        raise _not_an_array(name, value) from error
+    if array.dtype != object:
+        return array
+    if not all(isinstance(v, (str, bytes)) for v in array.flat):
+        raise _not_an_array(name, value)
+    texts = np.empty(array.size, dtype=object)
+    texts[:] = [_sendable(text) for text in array.flat]
+    return texts.reshape(array.shape)
+
+
+def _not_an_array(name: str, value: Any) -> ValueError:
+    return ValueError(
+        f"`{name}` must be texts or numbers, in lists of equal length. "
+        f"Received: {_shortened(value)}"
+    )
+
+
+def _sendable(text: str | bytes) -> str | bytes:
+    """A lone surrogate is not UTF-8, so its text is sent as `keras_tbptt.text` encodes it."""
+    try:
+        if isinstance(text, str):
+            text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
 
 
 def _base64(value: bytes) -> dict[str, str]:
     return {"b64": base64.b64encode(value).decode()}
 
 
-def grpc_request(model: str, inputs: Mapping[str, Any], signature: str) -> Any:
-    """A `PredictRequest`.
+def _int32(name: str, array: np.ndarray) -> np.ndarray:
+    limits = np.iinfo("int32")
+    if array.size and (array.min() < limits.min or array.max() > limits.max):
+        raise ValueError(
+            f"`{name}` must fit into int32. Received: values from {array.min()} to {array.max()}"
+        )
+    return array.astype("int32")
 
-    Args:
-        model: Name of the model.
-        inputs: Name to array, or to lists of texts.
-        signature: str.
-    """
-    import tensorflow as tf
-    from tensorflow_serving.apis import predict_pb2
 
-    request = predict_pb2.PredictRequest()
-    request.model_spec.name = model
-    request.model_spec.signature_name = signature
-    narrow = {"int64": "int32", "float64": "float32"}  # what NumPy makes, and what exports take
-    for name, value in inputs.items():
-        array = np.asarray(value)
-        array = array.astype(narrow.get(array.dtype.name, array.dtype))
-        request.inputs[name].CopyFrom(tf.make_tensor_proto(array))
-    return request
+def _piece(text: Any, ids: Any, features: Any) -> tuple[dict[str, Any], str]:
+    """The inputs of a stream's next piece, but for its state, and the signature that takes them."""
+    pieces = {"text": text, "ids": ids, "features": features}
+    pieces = {name: value for name, value in pieces.items() if value is not None}
+    if len(pieces) != 1:
+        raise ValueError(
+            "A piece is one of `text`, `ids` and `features`. "
+            f"Received: {list(pieces) or 'none of them'}"
+        )
+    [(name, value)] = pieces.items()
+    if name == "text":
+        if not isinstance(value, (str, bytes)):
+            raise ValueError(f"`text` must be str or bytes. Received: {_shortened(value)}")
+        return {"text": [value]}, "stream"
+    steps = _steps(name, value)[None]
+    length = steps.shape[1]
+    if not length:  # JSON has no shape for an empty array
+        steps = np.zeros([1, 1, *steps.shape[2:]], steps.dtype)
+    return {name: steps, "lengths": np.array([length], "int32")}, "stream_tokens"
+
+
+def _steps(name: str, value: Any) -> np.ndarray:
+    """The ids or features of a piece, in the dtype that exports take."""
+    kinds, meaning = ("iu", "integers [time]") if name == "ids" else ("iuf", "numbers [time, F]")
+    try:
+        steps = np.asarray(value)
+        valid = steps.ndim == 1 if name == "ids" else steps.ndim > 0
+        valid = valid and (steps.dtype.kind in kinds or not steps.size)
+    except ValueError:  # lists of different lengths
+        valid = False
+    if not valid:
+        raise ValueError(f"`{name}` must be {meaning}. Received: {_shortened(value)}")
+    return _int32(name, steps) if name == "ids" else steps.astype("float32")
+
+
+def _stream_reply(
+    reply: Mapping[str, Any], width: int | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The state, `[1, width]`, and the outputs, without a batch axis, in a reply for one stream."""
+    outputs = {name: np.asarray(value) for name, value in reply.items()}
+    shapes = {name: value.shape for name, value in outputs.items()}
+    state = outputs.pop("state", np.zeros([]))
+    if (
+        any(shape[:1] != (1,) for shape in [state.shape, *shapes.values()])
+        or state.ndim != 2
+        or state.shape[1] != (width or state.shape[1])
+        or state.dtype.kind not in "iuf"
+    ):
+        raise ServingError(
+            "The reply must have `state`, as wide as the one sent, and one row of each output: "
+            f"check that the model has a stream. Received: outputs of shapes {shapes}"
+        )
+    return state.astype("float32"), {name: value[0] for name, value in outputs.items()}
+
+
+def _not_an_output(name: str, value: Any) -> ServingError:
+    return ServingError(
+        f"Output {name!r} of the server's reply is not an array. Received: {_shortened(value)}"
+    )
+
+
+def _refusal(error: urllib.error.HTTPError) -> str:
+    """The server's message, if it sends one."""
+    try:
+        message = error.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        message = ""
+    return message or f"The server refused the request. Received: HTTP {error.code} {error.reason}"
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."

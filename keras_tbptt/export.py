@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -12,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tbptt.client import grpc_request
+from keras_tbptt.client import grpc_request, serving_extra
 from keras_tbptt.serving import StreamState, signatures
 
 
@@ -42,8 +44,8 @@ def export_saved_model(
     Outputs are `probability`, float32 `[batch, ...]`, or the model's output names, if it has
     several outputs or its last layer is no sigmoid or softmax; each is read at the last step so
     far. Where the model reads floats, `ids` is `features`, float32 `[batch, time, F]`. Without a
-    vectorizer nothing takes `text`, `serving_default` is what `tokens` would be, and `stream` what
-    `stream_tokens` would be.
+    vectorizer no signature takes `text`: `serving_default` does what `tokens` does, and `stream`
+    what `stream_tokens` does.
 
     `state` is float32 `[batch, S]`, one row a stream: the latest outputs and all of the model's
     recurrent state, each flat, in the order of `keras_tbptt.state.state_variables`. Where `start`
@@ -52,6 +54,7 @@ def export_saved_model(
     step. Pieces end between words.
 
     The version directory appears whole or not at all: it is written beside its place and renamed.
+    Several exports into one directory at once each get a version.
 
     Args:
         model: A functional or `Sequential` model with stateful layers and one input of a fixed
@@ -70,8 +73,9 @@ def export_saved_model(
         The path of the version directory.
 
     Raises:
-        ValueError: If the model has no stateful layer, the version is there already, or an argument
-            is out of its range.
+        ImportError: If there are warm-up texts and the extra `serving` is not installed.
+        ValueError: If the model has no stateful layer, an output is named `state`, two outputs have
+            one name, the version already exists, or an argument is out of range.
         OSError: If the directory cannot be written; nothing is left behind then.
     """
     if len(warmup_texts) > 300 or (warmup_texts and vectorizer is None):
@@ -88,18 +92,13 @@ def export_saved_model(
     served.weights = [weight.value for weight in model.weights]
     served.vectorizer = vectorizer
     served.endpoints = signatures(model, vectorizer)
+    warmup = _warmup_requests(path.name, warmup_texts, StreamState(model).width)
 
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if version is None:
-            version = 1 + max((int(p.name) for p in path.iterdir() if p.name.isdigit()), default=0)
-        final = path / str(version)
-        if final.exists():
-            raise ValueError(
-                f"Version {version} is there already: choose another, or None for the next. "
-                f"Received: version={version}, path={str(path)!r}"
-            )
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{version}-", dir=path))
+        if version is not None and (path / str(version)).exists():
+            raise _version_exists(path, version)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=".export-", dir=path))
     except OSError as error:
         raise OSError(
             f"The export directory cannot be written: choose one that can. "
@@ -112,18 +111,56 @@ def export_saved_model(
             signatures=served.endpoints,
             options=tf.saved_model.SaveOptions(save_debug_info=False),
         )
-        if warmup_texts:
-            _write_warmup(partial, path.name, warmup_texts, StreamState(model).width)
+        if warmup:
+            folder = partial / "assets.extra"
+            folder.mkdir(exist_ok=True)
+            with tf.io.TFRecordWriter(str(folder / "tf_serving_warmup_requests")) as writer:
+                for request in warmup:
+                    writer.write(request)
         partial.chmod(0o755)
-        partial.rename(final)
+        final = _publish(partial, path, version)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if keep is not None:
-        versions = sorted((int(p.name), p) for p in path.iterdir() if p.name.isdigit())
-        for _, old in versions[:-keep]:
-            shutil.rmtree(old)
+        _delete(path, _versions(path)[:-keep])
     return final
+
+
+def _versions(path: pathlib.Path) -> list[int]:
+    return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit())
+
+
+def _version_exists(path: pathlib.Path, version: int) -> ValueError:
+    return ValueError(
+        f"Version {version} already exists: choose another, or None for the next. "
+        f"Received: version={version}, path={str(path)!r}"
+    )
+
+
+def _publish(partial: pathlib.Path, path: pathlib.Path, version: int | None) -> pathlib.Path:
+    """Renames a finished export to the directory of its version, None for the next one."""
+    while True:
+        # The next version is known only now, because other exports may end while this one saves.
+        chosen = 1 + max(_versions(path), default=0) if version is None else version
+        try:
+            return partial.rename(path / str(chosen))
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if version is not None:
+                raise _version_exists(path, version) from error
+
+
+def _delete(path: pathlib.Path, versions: Sequence[int]) -> None:
+    """Deletes versions, each of which disappears at once."""
+    if not versions:
+        return
+    with tempfile.TemporaryDirectory(prefix=".deleted-", dir=path) as deleted:
+        for version in versions:
+            # Another export may have deleted the version already.
+            with contextlib.suppress(FileNotFoundError):
+                (path / str(version)).rename(pathlib.Path(deleted) / str(version))
 
 
 def write_models_config(path: str | os.PathLike, mount: str = "/models") -> pathlib.Path:
@@ -152,19 +189,22 @@ def _folders(path: pathlib.Path) -> list[pathlib.Path]:
     return [p for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
 
 
-def _write_warmup(version: pathlib.Path, name: str, texts: Sequence[str], width: int) -> None:
-    from tensorflow_serving.apis import prediction_log_pb2
+def _warmup_requests(name: str, texts: Sequence[str], width: int) -> list[bytes]:
+    """A `PredictionLog` of every signature that takes text, for each text."""
+    if not texts:
+        return []
+    with serving_extra("`warmup_texts`"):
+        from tensorflow_serving.apis import prediction_log_pb2
 
-    folder = version / "assets.extra"
-    folder.mkdir(exist_ok=True)
-    with tf.io.TFRecordWriter(str(folder / "tf_serving_warmup_requests")) as writer:
-        for text in texts:
-            stream = {"text": [text], "state": np.zeros([1, width], "float32"), "start": [True]}
-            for request in (
-                grpc_request(name, {"text": [text]}, "serving_default"),
-                grpc_request(name, {"batch_size": 1}, "initial_state"),
-                grpc_request(name, stream, "stream"),
-            ):
-                log = prediction_log_pb2.PredictionLog()
-                log.predict_log.request.CopyFrom(request)
-                writer.write(log.SerializeToString())
+    records = []
+    for text in texts:
+        stream = {"text": [text], "state": np.zeros([1, width], "float32"), "start": [True]}
+        for request in (
+            grpc_request(name, {"text": [text]}, "serving_default"),
+            grpc_request(name, {"batch_size": 1}, "initial_state"),
+            grpc_request(name, stream, "stream"),
+        ):
+            log = prediction_log_pb2.PredictionLog()
+            log.predict_log.request.CopyFrom(request)
+            records.append(log.SerializeToString())
+    return records

@@ -55,7 +55,7 @@ class LSTM(keras.layers.LSTM):
 
     Call arguments:
         sequences: A float tensor of shape `(batch, timesteps, features)`. Batch and timesteps may
-            be unknown until run time.
+            be unknown until run time. Integers and booleans are cast to the compute dtype.
         initial_state: List of two tensors of shape `(batch, units)`, the output and the cell
             state. Defaults to the layer's own state if `stateful`, else to zeros.
         mask: Boolean tensor of shape `(batch, timesteps)`. A step that is `False` leaves the
@@ -81,7 +81,7 @@ class LSTM(keras.layers.LSTM):
         """Runs the steps of one call; `keras.layers.RNN.call` wraps it.
 
         Args:
-            sequences: Float tensor `(batch, timesteps, features)`.
+            sequences: Float, integer or boolean tensor `(batch, timesteps, features)`.
             initial_state: Output and cell state, each `(batch, units)`.
             mask: Boolean tensor `(batch, timesteps)`, or `None`.
             training: Whether `dropout` applies.
@@ -94,6 +94,8 @@ class LSTM(keras.layers.LSTM):
             return super().inner_loop(sequences, initial_state, mask, training=training)
         if isinstance(mask, (list, tuple)):
             mask = mask[0]
+        # Keras casts only floats when it calls a layer; its matrix product casts the rest.
+        sequences = tf.cast(sequences, self.cell.compute_dtype)
         if training and 0.0 < self.dropout < 1.0:
             sequences *= self.cell.get_dropout_mask(sequences[:, 0])[:, None]
         if mask is not None:

@@ -9,7 +9,7 @@ import tempfile
 import keras
 import tensorflow as tf
 
-from keras_tbptt.serving import signatures
+from keras_tbptt.serving import output_names, signatures
 
 _OPSET = 18
 
@@ -35,7 +35,8 @@ def export_onnx(model: keras.Model, path: str | os.PathLike) -> pathlib.Path:
 
     Raises:
         ImportError: If tf2onnx is not installed.
-        ValueError: If the model has no stateful layer.
+        ValueError: If the model has no stateful layer, two outputs have one name, or an output has
+            the name of an input or of `new_state`.
         OSError: If the file cannot be written; nothing is left behind then.
     """
     try:
@@ -45,6 +46,7 @@ def export_onnx(model: keras.Model, path: str | os.PathLike) -> pathlib.Path:
             f"ONNX needs a converter: pip install 'keras-tbptt[onnx]'. Received: {missing}"
         ) from missing
     stream = signatures(model, None)["stream"]
+    output_names(model, taken={"new_state", *(spec.name for spec in stream.input_signature)})
 
     @tf.function(input_signature=stream.input_signature)
     def step(steps, lengths, state, start):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import keras
@@ -21,9 +21,12 @@ def signatures(
     Args:
         model: A functional model with stateful layers and one input `[lanes, window, ...]`.
         vectorizer: Or None.
+
+    Raises:
+        ValueError: If the model has no stateful layer, or as `output_names`.
     """
+    names = output_names(model, taken={"state"})
     read, layout = document_reader(model), StreamState(model)
-    names = _output_names(model)
     given = model.inputs[0]
     name = "features" if keras.backend.is_float_dtype(given.dtype) else "ids"
     steps_spec = tf.TensorSpec([None, None, *given.shape[2:]], given.dtype, name=name)
@@ -101,12 +104,10 @@ def signatures(
         right = _require(batch_size >= 0, "`batch_size` must not be negative.", batch_size)
         return {"state": tf.repeat(layout.initial(), _after([right], batch_size), axis=0)}
 
-    if vectorizer is None:
-        return {"serving_default": tokens, "stream": stream_tokens, "initial_state": initial_state}
     return {
-        "serving_default": serving_default,
+        "serving_default": tokens if vectorizer is None else serving_default,
         "tokens": tokens,
-        "stream": stream,
+        "stream": stream_tokens if vectorizer is None else stream,
         "stream_tokens": stream_tokens,
         "initial_state": initial_state,
     }
@@ -285,11 +286,35 @@ def _any_batch(tensor: Any) -> tf.TensorShape:
     return tf.TensorShape([None, *tensor.shape[1:]])
 
 
-def _output_names(model: keras.Model) -> list[str]:
+def output_names(model: keras.Model, taken: Collection[str]) -> list[str]:
+    """Names the model's outputs, in the order in which `keras.tree.flatten` gives them.
+
+    Args:
+        model: A functional model.
+        taken: Names that the signature needs for itself.
+
+    Returns:
+        `["probability"]` for one sigmoid or softmax layer; else the keys of the dict of outputs, or
+        the names of the layers that give the outputs.
+
+    Raises:
+        ValueError: If two outputs have one name, an output has none, or a name is taken.
+    """
     outputs = keras.tree.flatten(model.output)
     activation = getattr(outputs[0]._keras_history.operation, "activation", None)
     if len(outputs) == 1 and getattr(activation, "__name__", "") in ("sigmoid", "softmax"):
         return ["probability"]
-    if isinstance(model.output, dict):
-        return sorted(model.output)
-    return model.output_names
+    names = sorted(model.output) if isinstance(model.output, dict) else model.output_names
+    if len(set(names)) != len(outputs):
+        raise ValueError(
+            "Every output needs a name of its own: give the model a flat dict of outputs. "
+            f"Received: {len(outputs)} outputs with the names {names}"
+        )
+    for name in names:
+        if name in taken:
+            raise ValueError(
+                f"An output cannot be named {name!r}, because the exported stream uses this name: "
+                "rename the output's layer, or its key in the dict of outputs. "
+                f"Received: outputs {names}"
+            )
+    return names

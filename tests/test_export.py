@@ -1,9 +1,13 @@
+import concurrent.futures
 import json
 import os
+import pathlib
 import re
+import shutil
 import stat
 import subprocess
 import sys
+import threading
 
 import keras
 import numpy as np
@@ -144,10 +148,61 @@ def test_several_outputs_keep_their_names(vectorizer, tmp_path):
     }
 
 
+def model_with_outputs(outputs):
+    """A model whose outputs are what `outputs` makes of one recurrent layer."""
+    tokens = keras.Input(batch_shape=(4, 5), dtype="int32")
+    x = keras.layers.Embedding(VOCAB, 6, mask_zero=True)(tokens)
+    return keras.Model(tokens, outputs(keras.layers.LSTM(5, stateful=True)(x)))
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        lambda x: {"state": keras.layers.Dense(2)(x), "other": keras.layers.Dense(1)(x)},
+        lambda x: [keras.layers.Dense(2, name=name)(x) for name in ("other", "state")],
+    ],
+    ids=["dict", "list"],
+)
+def test_an_output_with_the_name_of_the_stream_s_state_is_refused(outputs, vectorizer, tmp_path):
+    message = r"rename.*Received: outputs \['other', 'state'\]"
+    with pytest.raises(ValueError, match=message):
+        keras_tbptt.export_saved_model(model_with_outputs(outputs), tmp_path / "m", vectorizer)
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_output_may_have_the_name_of_an_input(vectorizer, tmp_path):
+    names = ["batch_size", "ids", "lengths", "start", "text"]  # the names of all inputs but `state`
+    model = model_with_outputs(lambda x: {name: keras.layers.Dense(2)(x) for name in names})
+    path = keras_tbptt.export_saved_model(model, tmp_path, vectorizer)
+    serve = tf.saved_model.load(str(path)).signatures
+    ids, lengths = tf.constant([[2, 3, 4]]), tf.constant([3])
+    expected, _ = tf.function(document_reader(model))(ids, lengths)
+    state = serve["initial_state"](tf.constant(1))["state"]
+    stream = {"ids": ids, "lengths": lengths, "state": state, "start": tf.constant([True])}
+    answer = serve["stream_tokens"](**stream)
+    assert sorted(answer) == sorted([*names, "state"])
+    for name in names:
+        np.testing.assert_allclose(answer[name], expected[name], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        lambda x: list(map(keras.layers.Dense(2, name="shared"), (x, 2 * x))),
+        lambda x: {"a": [keras.layers.Dense(2)(x), keras.layers.Dense(1)(x)], "b": x},
+    ],
+    ids=["one layer twice", "a list in a dict"],
+)
+def test_outputs_that_do_not_each_have_a_name_are_refused(outputs, tmp_path):
+    with pytest.raises(ValueError, match=r"Every output needs a name of its own.*Received: "):
+        keras_tbptt.export_saved_model(model_with_outputs(outputs), tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
 def test_versions_count_up_and_none_is_overwritten(model, vectorizer, tmp_path):
     paths = [keras_tbptt.export_saved_model(model, tmp_path, vectorizer) for _ in range(2)]
     assert [p.name for p in paths] == ["1", "2"]
-    with pytest.raises(ValueError, match=r"there already.*Received: version=2"):
+    with pytest.raises(ValueError, match=r"already exists.*Received: version=2"):
         keras_tbptt.export_saved_model(model, tmp_path, vectorizer, version=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
     assert stat.S_IMODE(paths[0].stat().st_mode) == 0o755
@@ -159,6 +214,70 @@ def test_old_versions_go_when_the_new_one_is_there(model, vectorizer, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
     with pytest.raises(ValueError, match=r"at least 1.*Received: keep=0"):
         keras_tbptt.export_saved_model(model, tmp_path, vectorizer, keep=0)
+
+
+@pytest.fixture(params=["while saving", "before the rename"])
+def overtaken(request, monkeypatch, tmp_path):
+    """Another export writes version 1 while this one is under way."""
+    save, rename = tf.saved_model.save, pathlib.Path.rename
+    written = []
+
+    def save_second(served, folder, **kwargs):
+        save(served, folder, **kwargs)
+        written.append(folder)
+        if request.param == "while saving":
+            shutil.copytree(folder, tmp_path / "1")
+
+    def rename_second(path, target):
+        if request.param == "before the rename" and not (tmp_path / "1").exists():
+            shutil.copytree(written[0], tmp_path / "1")
+        return rename(path, target)
+
+    monkeypatch.setattr(tf.saved_model, "save", save_second)
+    monkeypatch.setattr(pathlib.Path, "rename", rename_second)
+
+
+@pytest.mark.usefixtures("overtaken")
+def test_an_overtaken_export_takes_the_next_version(model, vectorizer, tmp_path):
+    path = keras_tbptt.export_saved_model(model, tmp_path, vectorizer)
+    assert path == tmp_path / "2"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+    first, second = (tf.saved_model.load(str(tmp_path / v)).signatures for v in "12")
+    answers = [s["serving_default"](tf.constant(TEXTS))["probability"] for s in (first, second)]
+    np.testing.assert_array_equal(*answers)
+
+
+@pytest.mark.usefixtures("overtaken")
+def test_an_overtaken_export_of_a_given_version_is_refused(model, vectorizer, tmp_path):
+    with pytest.raises(ValueError, match=r"already exists.*Received: version=1"):
+        keras_tbptt.export_saved_model(model, tmp_path, vectorizer, version=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+    assert tf.saved_model.contains_saved_model(str(tmp_path / "1"))
+
+
+@pytest.mark.parametrize("keep", [None, 1])
+def test_exports_at_once_each_get_a_version(keep, model, tmp_path, monkeypatch):
+    everyone = threading.Barrier(4)
+    save, one_at_a_time = tf.saved_model.save, threading.Lock()
+
+    def save_together(*args, **kwargs):
+        everyone.wait()  # all are under way
+        with one_at_a_time:  # tracing changes the model
+            save(*args, **kwargs)
+        everyone.wait()  # all are saved, so that the renames race
+
+    for version in range(1, 9):  # what `keep` makes all of them delete
+        (tmp_path / str(version) / "variables").mkdir(parents=True)
+    monkeypatch.setattr(tf.saved_model, "save", save_together)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        exports = [
+            pool.submit(keras_tbptt.export_saved_model, model, tmp_path, keep=keep)
+            for _ in range(4)
+        ]
+        paths = [export.result() for export in exports]
+    assert sorted(int(p.name) for p in paths) == [9, 10, 11, 12]
+    left = sorted(int(p.name) for p in tmp_path.iterdir())
+    assert left == (list(range(1, 13)) if keep is None else [12])
 
 
 def test_a_failed_export_leaves_nothing(model, vectorizer, tmp_path, monkeypatch):

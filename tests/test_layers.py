@@ -353,3 +353,36 @@ def test_falls_back_to_keras(options):
 def test_cudnn_only_is_refused_as_by_keras():
     with pytest.raises(ValueError, match="use_cudnn=True"):
         layers.LSTM(4, use_cudnn=True)(np.zeros((1, 2, 3), "float32"))
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint8", "bool"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_integers_are_cast_as_keras_casts_them(dtype, masked):
+    # Keras calls its layers with integer arrays: bidirectional_test, test_output_shape.
+    stock, fast = twins(4, return_sequences=True, return_state=True)
+    share_weights(stock, fast, (2, 3, 2))
+    x = np.array([[[1, 0], [2, 3], [0, 5]], [[4, 0], [0, 0], [7, 1]]], dtype)
+    mask = np.array([[True, True, False], [True] * 3]) if masked else None
+    for a, b in zip(stock(x, mask=mask), fast(x, mask=mask), strict=True):
+        assert a.dtype == b.dtype == "float32"
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    np.testing.assert_array_equal(
+        fast(x, mask=mask)[0], fast(x.astype("float32"), mask=mask)[0], strict=True
+    )
+
+
+@pytest.mark.parametrize("merge_mode", ["concat", "sum", None])
+def test_bidirectional_on_integers_is_keras(merge_mode):
+    # Keras's bidirectional_test, test_output_shape, calls it like this.
+    stock, fast = (
+        keras.layers.Bidirectional(layer, merge_mode=merge_mode)
+        for layer in twins(4, return_sequences=True, return_state=True)
+    )
+    x = np.array([[[1, 2], [3, 4], [0, 5]]])
+    stock.build(x.shape)
+    fast.build(x.shape)
+    fast.set_weights(stock.get_weights())
+    results = stock(x), fast(x)
+    assert len(results[0]) == len(results[1])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)

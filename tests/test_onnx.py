@@ -80,3 +80,14 @@ def test_features(tmp_path):
     }
     [outputs] = session.run([model.output_names[0]], request)
     np.testing.assert_allclose(outputs, model.predict_documents([document]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["state", "new_state", "ids", "lengths", "start"])
+def test_an_output_with_a_name_of_the_stream_s_own_is_refused(name, tmp_path):
+    tokens = keras.Input(batch_shape=(4, 5), dtype="int32")
+    x = keras.layers.Embedding(40, 6, mask_zero=True)(tokens)
+    x = keras.layers.LSTM(4, stateful=True)(x)
+    outputs = {key: keras.layers.Dense(2)(x) for key in (name, "other")}
+    with pytest.raises(ValueError, match=f"named '{name}'.*rename.*Received: outputs"):
+        keras_tbptt.export_onnx(keras.Model(tokens, outputs), tmp_path / "new" / "m.onnx")
+    assert not (tmp_path / "new").exists()
