@@ -83,7 +83,7 @@ class ResetStates(keras.callbacks.Callback):
                 "ResetStates(train, validation=valid). Received: validation=None"
             )
         self._check(windows)
-        self._saved = get_states(self.model)
+        self._states, self._epoch = get_states(self.model), windows.epoch
         self._follow(windows)
 
     def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -96,7 +96,8 @@ class ResetStates(keras.callbacks.Callback):
 
     def on_test_end(self, logs: Any = None) -> None:
         """Gives training its state back."""
-        set_states(self.model, self._saved)
+        set_states(self.model, self._states)
+        self._following.epoch = self._epoch  # an evaluation is not an epoch of training
 
     on_predict_begin = on_test_begin
     on_predict_batch_begin = on_test_batch_begin
@@ -132,7 +133,7 @@ class ResetStates(keras.callbacks.Callback):
     def _follow(self, windows: DocumentWindows) -> None:
         self._following = windows
         self._starts = windows.starts
-        self._reads = windows.reads
+        self._handed_out = windows._handed_out
 
     def _reset(self, batch: int) -> None:
         lanes = self._starts[batch]
@@ -140,7 +141,7 @@ class ResetStates(keras.callbacks.Callback):
             self._reset_lanes(lanes)
 
     def _check_read(self, batch: int) -> None:
-        if batch == 0 and self._following.reads == self._reads:
+        if batch == 0 and self._following._handed_out == self._handed_out:
             raise ValueError(
                 "The batches do not come from the windows that ResetStates follows, so it cannot "
                 "know where documents begin: give Keras windows.dataset() itself, not a copy, a "

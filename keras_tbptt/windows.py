@@ -32,8 +32,8 @@ class DocumentWindows:
 
     With `shuffle=True` the documents, never the windows, take a new order every epoch. The order
     is a function of `(seed, epoch)` alone, the same on every machine; the number of windows is the
-    same in every epoch. `epoch` is the index of the coming epoch: it rises by one when the last
-    window of an epoch has been read, and may be set. `reads` counts the windows read so far.
+    same in every epoch. `epoch` is the index of the coming epoch. It rises by one when a dataset
+    hands out the last window of an epoch, and you may set it.
 
     Args:
         documents: A list of arrays, each integer ids `[T]` or floats `[T, F]`; or a
@@ -118,7 +118,7 @@ class DocumentWindows:
         if stretch is not None:
             _at_least("stretch", stretch, 1)
         self.epoch = 0
-        self.reads = 0
+        self._handed_out = 0  # windows of `dataset()`, over all epochs; with flags the last alone
 
         if isinstance(documents, tf.data.Dataset):
             documents, labels = forms.read_dataset(documents, labels)
@@ -236,11 +236,16 @@ class DocumentWindows:
         # TensorFlow keeps every function that a graph calls, and all it refers to, for ever.
         this, count = weakref.ref(self), len(self)
 
+        def coming_epoch(_):
+            epoch = tf.numpy_function(lambda: np.int64(this().epoch), [], tf.int64)
+            return tf.data.Dataset.range(count).map(functools.partial(read, epoch))
+
         def read(epoch, step):
             read_now = lambda *place: this()._read(*place)  # noqa: E731
             tensors = tf.numpy_function(read_now, [epoch, step], [a.dtype for a in flat])
             tensors = [tf.ensure_shape(t, a.shape) for t, a in zip(tensors, flat, strict=True)]
-            return tf.nest.pack_sequence_as(structure, tensors)
+            batch = tf.nest.pack_sequence_as(structure, tensors)
+            return epoch, step, batch if flags else strip(*batch)
 
         def strip(x, y=None, sample_weight=None):
             if y is None:
@@ -248,19 +253,23 @@ class DocumentWindows:
             weights = window_weights(window_loss, x, self.window, self.per_step)
             return x["inputs"], y, sample_weight * weights
 
-        def coming_epoch(_):
-            epoch = tf.numpy_function(lambda: np.int64(this().epoch), [], tf.int64)
-            return tf.data.Dataset.range(count).map(functools.partial(read, epoch))
+        def hand_out(epoch, step, batch):
+            count_now = lambda *place: this()._hand_out(*place)  # noqa: E731
+            tell = lambda: tf.numpy_function(count_now, [epoch, step], tf.int64)  # noqa: E731
+            # A call to Python takes longer than the rest of this stage, so with flags only the
+            # last window makes one: a TBPTTModel finds boundaries in the batch, and counts nothing.
+            told = tf.cond(step == count - 1, tell, lambda: step) if flags else tell()
+            with tf.control_dependencies([told]):
+                return tf.nest.map_structure(tf.identity, batch)
 
-        windows = tf.data.Dataset.range(1).flat_map(coming_epoch)
-        if not flags:
-            windows = windows.map(strip)
-        windows = windows.apply(tf.data.experimental.assert_cardinality(count))
+        windows = tf.data.Dataset.range(1).flat_map(coming_epoch).prefetch(8)
+        # Behind the prefetch: what has been read ahead may never be used.
+        windows = windows.map(hand_out).apply(tf.data.experimental.assert_cardinality(count))
         # With autotuning, letting go of an iterator waits until the tuner's sleep ends: 5, 10, 20,
         # 41 s after it began.
         options = tf.data.Options()
         options.autotune.enabled = False
-        windows = windows.prefetch(8).with_options(options)
+        windows = windows.with_options(options)
         windows.shuffle = _refuse_shuffle
         windows.source = self
         return windows
@@ -292,11 +301,13 @@ class DocumentWindows:
         return self._plan((self.seed, epoch if drawn else 0), self.shuffle)
 
     def _read(self, epoch: np.int64, step: np.int64) -> list[np.ndarray]:
-        plan = self._plan_of(int(epoch))
-        self.reads += 1
+        return tf.nest.flatten(self._batch(self._plan_of(int(epoch)), int(step)))
+
+    def _hand_out(self, epoch: np.int64, step: np.int64) -> np.int64:
+        self._handed_out += 1
         if step == len(self) - 1:
             self.epoch = int(epoch) + 1
-        return tf.nest.flatten(self._batch(plan, int(step)))
+        return step
 
     def _batch(self, plan: Plan, step: int) -> tuple:
         document, length = plan.document[step], plan.length[step]

@@ -69,6 +69,24 @@ def test_validation_leaves_training_bit_identical():
         np.testing.assert_array_equal(one, other)
 
 
+def test_validation_on_the_training_windows_is_no_epoch_of_theirs():
+    def train(**kwargs):
+        model, train = stock_model(), windows(shuffle=True, seed=1)
+        callbacks = [ResetStates(train, validation=train)]
+        if kwargs.pop("validate", False):
+            kwargs["validation_data"] = train.dataset()
+        model.fit(
+            train.dataset(), shuffle=False, epochs=3, verbose=0, callbacks=callbacks, **kwargs
+        )
+        assert train.epoch == 3
+        model.evaluate(train.dataset(), verbose=0, callbacks=[ResetStates(train)])
+        model.predict(train.dataset(), verbose=0, callbacks=[ResetStates(train)])
+        assert train.epoch == 3
+        return weights_of(model)
+
+    np.testing.assert_array_equal(train(validate=True), train())
+
+
 def test_evaluation_of_the_last_windows_counts_documents():
     stock, ours = stock_model(), compiled(token_model())
     valid = windows()

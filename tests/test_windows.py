@@ -1,5 +1,6 @@
 import gc
 import itertools
+import threading
 import weakref
 
 import keras
@@ -277,6 +278,52 @@ def test_the_plan_shows_the_coming_epoch_and_a_peek_does_not_end_it():
     read = np.stack([x["starts"] for (x,) in batches(windows, flags=True)])
     np.testing.assert_array_equal(read, starts)
     assert windows.epoch == 1 and not np.array_equal(windows.starts, starts)
+
+
+def wait_until_all_are_read(windows, monkeypatch):
+    """Returns a function that waits until the input pipeline has read an epoch's last window."""
+    done, read = threading.Event(), windows._read
+
+    def watch(epoch, step):
+        result = read(epoch, step)
+        if step == len(windows) - 1:
+            done.set()
+        return result
+
+    monkeypatch.setattr(windows, "_read", watch)
+    return lambda: done.wait(30)
+
+
+@pytest.mark.parametrize("flags", [False, True])
+@pytest.mark.parametrize(("count", "used"), [(20, 14), (20, 19), (5, 1)])
+def test_windows_that_nobody_has_used_do_not_end_an_epoch(flags, count, used, monkeypatch):
+    windows = DocumentWindows([[1]] * count, [0] * count, window=1, lanes=1)
+    wait = wait_until_all_are_read(windows, monkeypatch)
+    batches = iter(windows.dataset(flags=flags))
+    for _ in range(used):
+        next(batches)
+    assert wait() and windows.epoch == 0
+    for _ in range(count - used):
+        assert windows.epoch == 0
+        next(batches)
+    assert windows.epoch == 1
+
+
+def test_an_epoch_of_one_window_ends_with_it():
+    windows = DocumentWindows([[1]], [0], window=1, lanes=1)
+    for epoch in range(3):
+        assert windows.epoch == epoch
+        next(iter(windows.dataset(flags=True)))
+
+
+def test_a_map_behind_the_dataset_takes_one_window_at_a_time(monkeypatch):
+    windows = DocumentWindows([[1]] * 5, [0] * 5, window=1, lanes=1)
+    wait = wait_until_all_are_read(windows, monkeypatch)
+    mapped = windows.dataset().map(lambda x, y, weight: (x, y + 1, weight))
+    batches = iter(mapped)
+    for _ in range(4):
+        next(batches)
+    assert wait() and windows.epoch == 0 and mapped.cardinality() == 5
 
 
 def test_lanes_finish_together():
