@@ -75,7 +75,22 @@ class ResetStates(keras.callbacks.Callback):
         self._check_read(batch)
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """Puts the state of training aside."""
+        """Sets the state of training aside, and refuses what Keras cannot count."""
+        windows = self._begin_evaluation()
+        outputs = getattr(self.model, "outputs", None) or []  # a subclassed model has none
+        masked = any(getattr(output, "_keras_mask", None) is not None for output in outputs)
+        if windows.per_step and masked:
+            raise ValueError(
+                "Keras divides the loss of masked outputs by the unmasked steps of each batch, so "
+                "the loss is not the mean over steps. Padding has weight 0 already: build "
+                f"Embedding with mask_zero=False. Received: model {self.model.name!r}"
+            )
+
+    def on_predict_begin(self, logs: Any = None) -> None:
+        """Sets the state of training aside."""
+        self._begin_evaluation()
+
+    def _begin_evaluation(self) -> DocumentWindows:
         windows = self.validation if self._training else self.windows
         if windows is None:
             raise ValueError(
@@ -85,6 +100,7 @@ class ResetStates(keras.callbacks.Callback):
         self._check(windows)
         self._states, self._epoch = get_states(self.model), windows.epoch
         self._follow(windows)
+        return windows
 
     def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Resets the lanes that begin a document in this window."""
@@ -99,7 +115,6 @@ class ResetStates(keras.callbacks.Callback):
         set_states(self.model, self._states)
         self._following.epoch = self._epoch  # an evaluation is not an epoch of training
 
-    on_predict_begin = on_test_begin
     on_predict_batch_begin = on_test_batch_begin
     on_predict_batch_end = on_test_batch_end
     on_predict_end = on_test_end

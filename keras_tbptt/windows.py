@@ -211,13 +211,23 @@ class DocumentWindows:
         """bool `[steps, lanes]`: where documents end in the coming epoch."""
         return self.plan.ends
 
-    def dataset(self, flags: bool = False, window_loss: str = "per_window") -> tf.data.Dataset:
+    def dataset(
+        self, flags: bool = False, window_loss: str = "per_window", *, evaluation: bool = False
+    ) -> tf.data.Dataset:
         """The windows of an epoch as Keras batches; iterating again gives the next epoch.
 
         Args:
-            flags: Whether `x` carries what a `TBPTTModel` needs beside its inputs.
-            window_loss: Which windows count (see `keras_tbptt.losses`), for a model that knows
-                nothing of windows. With `flags=True` the model applies its own instead.
+            flags: bool. Whether `x` carries what a `TBPTTModel` needs beside its inputs. Defaults
+                to False.
+            window_loss: str. Which windows count (see `keras_tbptt.losses`) when a stock model
+                trains. A `TBPTTModel` has a window loss of its own, so `flags=True` ignores this
+                one. Defaults to `"per_window"`.
+            evaluation: bool. Whether the batches are for evaluating a stock model. Each document
+                then counts once, at its last window, and with `per_step=True` each real step
+                counts once. The weights are scaled so that the loss that Keras reports, a mean over
+                the rows of all batches, is the mean over documents (steps). `weighted_metrics`
+                are means over documents, too; `metrics` ignore the weights, so they count every
+                row. Targets per step need outputs without a mask. Defaults to False.
 
         Returns:
             A `tf.data.Dataset` of known cardinality, `len(self)`, of `(x, y, sample_weight)`, or
@@ -229,8 +239,22 @@ class DocumentWindows:
             `[lanes, ...]`, or `[lanes, window, ...]` with `per_step=True`. `sample_weight` is
             float32 `[lanes]`, or `[lanes, window]` with `per_step=True`; zero where a lane is idle
             or a step is padding.
+
+        Raises:
+            ValueError: If `window_loss` is unknown, or `evaluation=True` comes without labels,
+                with `flags=True` or with a `window_loss`.
         """
         check_window_loss(window_loss)
+        scale = 1.0
+        if evaluation:
+            self._check_evaluation(flags, window_loss)
+            counted = self.num_documents
+            rows = len(self) * self.lanes
+            if self.per_step:
+                counted, rows = self.num_steps, rows * self.window
+            else:
+                window_loss = "final_only"
+            scale = rows / counted
         structure = self._batch(self.plan, 0)
         flat = tf.nest.flatten(structure)
         # TensorFlow keeps every function that a graph calls, and all it refers to, for ever.
@@ -251,7 +275,7 @@ class DocumentWindows:
             if y is None:
                 return (x["inputs"],)
             weights = window_weights(window_loss, x, self.window, self.per_step)
-            return x["inputs"], y, sample_weight * weights
+            return x["inputs"], y, sample_weight * weights * scale
 
         def hand_out(epoch, step, batch):
             count_now = lambda *place: this()._hand_out(*place)  # noqa: E731
@@ -295,6 +319,23 @@ class DocumentWindows:
         labelled = end[:, 0] - 1 - self._offsets[0] if self.per_step else documents
         y = tf.nest.map_structure(lambda t: None if t is None else t[labelled], self._targets)
         return steps, real, y, self._weights[documents]
+
+    def _check_evaluation(self, flags: bool, window_loss: str) -> None:
+        if flags:
+            raise ValueError(
+                "`evaluation=True` is for stock Keras models. A TBPTTModel counts documents by "
+                "itself: leave out `evaluation`. Received: flags=True, evaluation=True"
+            )
+        if window_loss != "per_window":
+            raise ValueError(
+                "`evaluation=True` counts each document at its last window: leave out "
+                f"`window_loss`. Received: window_loss={window_loss!r}, evaluation=True"
+            )
+        if not self.has_labels:
+            raise ValueError(
+                "An evaluation needs labels: DocumentWindows(documents, labels, ...). "
+                f"Received: {self!r} without labels"
+            )
 
     def _plan_of(self, epoch: int) -> Plan:
         drawn = self.shuffle or self.mean_window is not None or self.stretch is not None

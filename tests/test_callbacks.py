@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 from toys import (
+    VOCAB,
     compiled,
     counting_model,
     random_documents,
@@ -11,7 +12,7 @@ from toys import (
     weights_of,
 )
 
-from keras_tbptt import DocumentWindows, ResetStates
+from keras_tbptt import DocumentWindows, ResetStates, TBPTTModel
 from keras_tbptt.state import get_states
 
 
@@ -87,13 +88,73 @@ def test_validation_on_the_training_windows_is_no_epoch_of_theirs():
     np.testing.assert_array_equal(train(validate=True), train())
 
 
-def test_evaluation_of_the_last_windows_counts_documents():
-    stock, ours = stock_model(), compiled(token_model())
-    valid = windows()
+def two_outputs(x):
+    return [keras.layers.Dense(1, activation="sigmoid", name=name)(x) for name in "ab"]
+
+
+def one_label():
+    return random_documents(), random_labels(), {}, token_model
+
+
+def one_label_each_for_two_outputs():
+    labels = {"a": random_labels(seed=1), "b": random_labels(seed=2)}
+    outputs = lambda x: dict(zip("ab", two_outputs(x), strict=True))  # noqa: E731
+    lstm = lambda: keras.layers.LSTM(5, stateful=True)  # noqa: E731
+    layers = token_layers(lstm, outputs)
+    return random_documents(), labels, {}, lambda cls: token_model(cls=cls, layers=layers)
+
+
+def tagger(cls, mask=False):
+    def layers(tokens):
+        x = keras.layers.Embedding(VOCAB, 6, mask_zero=mask or cls is TBPTTModel)(tokens)
+        x = keras.layers.LSTM(5, stateful=True, return_sequences=True)(x)
+        return keras.layers.Dense(1, activation="sigmoid")(x)
+
+    return token_model(cls=cls, layers=layers)
+
+
+def one_target_per_step():
+    targets = [d[:, None] > VOCAB / 2 for d in random_documents()]
+    return random_documents(), targets, {"per_step": True}, tagger
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("task", [one_label, one_label_each_for_two_outputs, one_target_per_step])
+def test_a_stock_model_evaluates_documents_as_a_tbptt_model_does(task, weighted):
+    documents, labels, kwargs, model = task()
+    if weighted:
+        kwargs["weights"] = np.linspace(0, 2, len(documents))
+    valid = DocumentWindows(documents, labels, window=5, lanes=4, **kwargs)
+    stock, ours = model(cls=keras.Model), model(cls=TBPTTModel)
+    for each in (stock, ours):
+        metrics = {n: ["accuracy"] for n in "ab"} if isinstance(labels, dict) else ["accuracy"]
+        each.compile("sgd", "binary_crossentropy", weighted_metrics=metrics)
     got = stock.evaluate(
-        valid.dataset(window_loss="final_only"), verbose=0, callbacks=[ResetStates(valid)]
-    )
-    assert got[1] == pytest.approx(ours.evaluate(valid, verbose=0)[1], abs=1e-6)
+        valid.dataset(evaluation=True),
+        verbose=0, return_dict=True, callbacks=[ResetStates(valid)],
+    )  # fmt: skip
+    expected = ours.evaluate(valid, verbose=0, return_dict=True)
+    names = [name for name in expected if name not in ("a_loss", "b_loss")]
+    assert len(names) == (3 if isinstance(labels, dict) else 2)
+    assert [got[name] for name in names] == pytest.approx([expected[n] for n in names], abs=1e-6)
+
+
+def test_the_loss_of_an_evaluation_is_the_mean_over_documents():
+    model, valid = stock_model(), windows()
+    ours = compiled(token_model())
+    predicted = ours.predict_documents(random_documents())
+    expected = keras.losses.binary_crossentropy(random_labels()[:, None], predicted).numpy().mean()
+    got = model.evaluate(valid.dataset(evaluation=True), verbose=0, callbacks=[ResetStates(valid)])
+    assert got[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_keras_would_divide_the_loss_of_masked_steps_by_those_of_their_batch():
+    documents, targets, kwargs, _ = one_target_per_step()
+    valid = DocumentWindows(documents, targets, window=5, lanes=4, **kwargs)
+    model = compiled(tagger(keras.Model, mask=True))
+    with pytest.raises(ValueError, match=r"(?s)mask_zero=False.*Received: "):
+        model.evaluate(valid.dataset(evaluation=True), verbose=0, callbacks=[ResetStates(valid)])
+    model.predict(valid.dataset(), verbose=0, callbacks=[ResetStates(valid)])
 
 
 def fit(model, data, callback, **kwargs):

@@ -369,6 +369,20 @@ def test_bad_input_gets_one_sentence(change, message):
         DocumentWindows(**{**arguments, **change})
 
 
+@pytest.mark.parametrize(
+    ("labels", "arguments", "message"),
+    [
+        ([0, 1], {"flags": True}, "leave out `evaluation`"),
+        ([0, 1], {"window_loss": "final_only"}, "leave out `window_loss`"),
+        (None, {}, "needs labels"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_right_is_refused(labels, arguments, message):
+    windows = DocumentWindows([[1, 2], [3]], labels, window=2, lanes=2)
+    with pytest.raises(ValueError, match=rf"(?s){message}.*Received: "):
+        windows.dataset(evaluation=True, **arguments)
+
+
 def test_windows_cannot_be_shuffled():
     windows = DocumentWindows([[1, 2], [3]], [0, 1], window=2, lanes=2)
     with pytest.raises(ValueError, match="Shuffle documents instead"):
