@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from toys import (
     VOCAB,
     compiled,
@@ -174,9 +175,45 @@ def stateless(train):
     fit(compiled(keras.Model(tokens, layers(tokens))), train.dataset(), ResetStates(train))
 
 
+def behind(change, **kwargs):
+    """Trains on the windows with something behind their dataset."""
+
+    def wrong(train):
+        fit(stock_model(), change(train.dataset()), ResetStates(train), epochs=2, **kwargs)
+
+    return wrong
+
+
+def validation_of(change, **kwargs):
+    def wrong(train):
+        valid = windows(count=9)
+        fit(
+            stock_model(), train.dataset(), ResetStates(train, valid),
+            validation_data=change(valid.dataset(evaluation=True)), **kwargs,
+        )  # fmt: skip
+
+    return wrong
+
+
+def with_starts(starts):
+    return lambda t: fit(stock_model(), t.dataset(), ResetStates(starts(t)))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        (behind(lambda d: d.map(lambda *batch: batch).shuffle(3)), "reads ahead"),
+        (behind(lambda d: d.prefetch(2)), "reads ahead"),
+        (behind(lambda d: d.skip(1).repeat(), steps_per_epoch=25), "reads ahead"),
+        (behind(lambda d: d.cache()), "do not come from the windows"),
+        (behind(lambda d: d.repeat()), "no window 26"),
+        (validation_of(lambda d: d.repeat(2)), "no window"),
+        (validation_of(lambda d: d.take(2)), "must be all"),
+        (validation_of(lambda d: d, validation_steps=2), "must be all"),
+        (with_starts(lambda t: t.starts.astype(int)), "bool"),
+        (with_starts(lambda t: t.starts[0]), "bool"),
+        (with_starts(lambda t: t.starts[:, :3]), "batch size"),
+        (with_starts(lambda t: t.starts[:-1]), "all 24 windows"),
         (
             lambda t: fit(stock_model(steps_per_execution=2), t.dataset(), ResetStates(t)),
             "steps_per_execution=1",
@@ -193,12 +230,87 @@ def stateless(train):
             "validation=valid",
         ),
         (lambda t: fit(compiled(token_model()), t, ResetStates(t)), "leave ResetStates out"),
-        (lambda t: ResetStates([True]), "must be keras_tbptt.DocumentWindows"),
+        (lambda t: ResetStates([True]), "must be keras_tbptt.DocumentWindows, or"),
+        (lambda t: ResetStates(None), "must be keras_tbptt.DocumentWindows, or"),
     ],
 )
 def test_what_cannot_be_right_is_refused_loudly(wrong, message):
     with pytest.raises(ValueError, match=rf"(?s){message}.*Received: "):
         wrong(windows())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.map(lambda x, y, weight: (x, y, weight)),
+        lambda d: d.repeat(),
+        lambda d: d.unbatch().batch(4, drop_remainder=True),
+    ],
+)
+def test_what_takes_one_window_at_a_time_may_follow_the_dataset(change):
+    def train(change):
+        model, train = stock_model(), windows(shuffle=True, seed=1)
+        data, steps = change(train.dataset()), len(train)
+        fit(model, data, ResetStates(train), epochs=3, steps_per_epoch=steps)
+        return weights_of(model)
+
+    np.testing.assert_array_equal(train(change), train(lambda dataset: dataset))
+
+
+def test_an_evaluation_in_the_middle_of_training_changes_nothing():
+    def train(*callbacks):
+        model, train = stock_model(), windows(shuffle=True, seed=1)
+        callbacks = [ResetStates(train), *(callback(train) for callback in callbacks)]
+        model.fit(train.dataset(), shuffle=False, epochs=2, verbose=0, callbacks=callbacks)
+        return weights_of(model)
+
+    class Evaluate(keras.callbacks.Callback):
+        def __init__(self, train):
+            super().__init__()
+            self.train = train
+
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 7:
+                data = self.train.dataset(evaluation=True)
+                self.model.predict(data, verbose=0, callbacks=[ResetStates(self.train)])
+
+    np.testing.assert_array_equal(train(Evaluate), train())
+
+
+class OwnLanes:
+    """Lanes that somebody made by hand, with new boundaries in every epoch."""
+
+    def __init__(self, windows):
+        self.windows = windows
+
+    @property
+    def starts(self):
+        return self.windows.starts
+
+
+def test_boundaries_of_ones_own_lanes_reset_as_the_windows_do():
+    def train(boundaries):
+        model, train = stock_model(), windows(shuffle=True, seed=1)
+        valid = windows(count=9)
+        callback = ResetStates(boundaries(train), validation=boundaries(valid))
+        data = valid.dataset(evaluation=True)
+        fit(model, train.dataset(), callback, epochs=3, validation_data=data)
+        return [weights_of(model), *get_states(model)]
+
+    for one, other in zip(train(OwnLanes), train(lambda w: w), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_an_array_of_boundaries_serves_every_epoch():
+    def train(boundaries):
+        model, train = stock_model(), windows()
+        arrays = [np.stack(parts) for parts in zip(*train.dataset(), strict=True)]
+        data = tf.data.Dataset.from_tensor_slices(tuple(arrays)) if boundaries else train.dataset()
+        callback = ResetStates(train.starts if boundaries else train)
+        fit(model, data, callback, epochs=3)
+        return weights_of(model)
+
+    np.testing.assert_array_equal(train(True), train(False))
 
 
 def test_a_refused_training_has_not_begun():
