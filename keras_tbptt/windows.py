@@ -54,6 +54,10 @@ class DocumentWindows:
         weights: Optional floats `[documents]` >= 0: how much each document counts.
         offsets: Optional ints `[documents + 1]`: document i is
             `documents[offsets[i]:offsets[i + 1]]`.
+        lengths: Optional ints `[documents]` from 1 to `longest`: `documents`, and targets per step,
+            are arrays `[documents, longest, ...]`, padded at the end, and document i is
+            `documents[i, :lengths[i]]`. An array that begins or ends a document with a zero step is
+            refused without `lengths`, because that step may be padding.
         per_step: bool, whether `labels` holds a target per step.
         mean_window: Optional int >= 2: windows have random lengths around it, drawn anew every
             epoch from `(seed, epoch)`, and `window`, at least 1.25 times as long, is the longest
@@ -94,6 +98,7 @@ class DocumentWindows:
         seed: int | None = None,
         weights: Any = None,
         offsets: Any = None,
+        lengths: Any = None,
         per_step: bool = False,
         mean_window: int | None = None,
         stretch: int | None = None,
@@ -122,19 +127,24 @@ class DocumentWindows:
 
         if isinstance(documents, tf.data.Dataset):
             documents, labels = forms.read_dataset(documents, labels)
-        self._values, self._offsets = forms.flatten(documents, offsets)
+        self._values, self._offsets = forms.flatten(documents, offsets, lengths)
+        if offsets is None:
+            forms.check_padding(documents, lengths)
         forms.check_values(self._values)
         self._filler = forms.first_nonzero(self._values, self._offsets[0])
-        lengths = np.diff(self._offsets)
-        take = functools.partial(_targets if per_step else _labels, lengths, offsets)
+        steps = np.diff(self._offsets)
+        if per_step:
+            take = functools.partial(_targets, steps, offsets, lengths)
+        else:
+            take = functools.partial(_labels, steps)
         if isinstance(labels, Mapping):
             self._targets = {
                 name: take(value, f"labels[{name!r}]") for name, value in labels.items()
             }
         else:
             self._targets = None if labels is None else take(labels, "labels")
-        self._weights = _weights(weights, len(lengths))
-        self._layout = PACKINGS[packing](lengths, self.window, self.lanes, mean_window, stretch)
+        self._weights = _weights(weights, len(steps))
+        self._layout = PACKINGS[packing](steps, self.window, self.lanes, mean_window, stretch)
         self._plan = functools.lru_cache(maxsize=2)(self._layout.plan)
 
     def __len__(self) -> int:
@@ -393,24 +403,26 @@ def _padded(values: np.ndarray, position: np.ndarray, real: np.ndarray) -> np.nd
     return rows
 
 
-def _labels(lengths: np.ndarray, _: Any, labels: Any, name: str) -> np.ndarray:
+def _labels(steps: np.ndarray, labels: Any, name: str) -> np.ndarray:
     """One label per document, `[documents, ...]`."""
     labels = np.asarray(labels)
-    if labels.ndim == 0 or len(labels) != len(lengths):
+    if labels.ndim == 0 or len(labels) != len(steps):
         raise ValueError(
-            f"`{name}` must have one label per document ({len(lengths)} documents). "
+            f"`{name}` must have one label per document ({len(steps)} documents). "
             f"Received: labels of shape {labels.shape}"
         )
     return _finite(labels, name)
 
 
-def _targets(lengths: np.ndarray, offsets: Any, targets: Any, name: str) -> np.ndarray:
+def _targets(
+    steps: np.ndarray, offsets: Any, lengths: Any, targets: Any, name: str
+) -> np.ndarray:
     """One target per step, flat: `[sum of T, ...]`."""
-    values, offsets = forms.flatten(targets, offsets, name)
-    if not np.array_equal(np.diff(offsets), lengths):
+    values, offsets = forms.flatten(targets, offsets, lengths, name)
+    if not np.array_equal(np.diff(offsets), steps):
         raise ValueError(
-            f"`{name}` must have one target per step of each document ({len(lengths)} documents, "
-            f"{lengths.sum()} steps). Received: {len(offsets) - 1} rows, "
+            f"`{name}` must have one target per step of each document ({len(steps)} documents, "
+            f"{steps.sum()} steps). Received: {len(offsets) - 1} rows, "
             f"{np.diff(offsets).sum()} steps"
         )
     return _finite(values[offsets[0] : offsets[-1]], name)

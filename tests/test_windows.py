@@ -227,6 +227,79 @@ def test_every_form_of_documents_gives_the_same_batches(tmp_path):
         )
 
 
+def padded(documents, padding="post"):
+    longest = max(map(len, documents))
+    dtype = documents[0].dtype
+    return keras.utils.pad_sequences(documents, longest, padding=padding, dtype=dtype)
+
+
+@pytest.mark.parametrize("features", [None, 3])
+@pytest.mark.parametrize("to", [np.asarray, tf.constant, np.ndarray.tolist])
+def test_padded_arrays_with_lengths_give_the_same_batches(features, to):
+    documents = random_documents(features=features)
+    documents[3][-1] = documents[4][0] = 0  # real zeros
+    targets = [d * 2 for d in documents]
+    lengths = [len(d) for d in documents]
+    dense, dense_targets = to(padded(documents)), to(padded(targets))
+    for y, dense_y, per_step in (
+        (random_labels(), random_labels(), False),
+        (targets, dense_targets, True),
+    ):
+        one = DocumentWindows(documents, y, window=5, lanes=4, per_step=per_step)
+        other = DocumentWindows(
+            dense, dense_y, lengths=lengths, window=5, lanes=4, per_step=per_step
+        )
+        keras.tree.map_structure(
+            np.testing.assert_array_equal, batches(other, flags=True), batches(one, flags=True)
+        )
+
+
+@pytest.mark.parametrize("padding", ["pre", "post"])
+@pytest.mark.parametrize("features", [None, 3])
+@pytest.mark.parametrize("to", [np.asarray, tf.constant, tf.data.Dataset.from_tensor_slices])
+def test_a_padded_array_without_lengths_is_refused(padding, features, to):
+    documents = random_documents(features=features)
+    assert min(map(len, documents)) < max(map(len, documents))
+    with pytest.raises(ValueError, match=r"(?s)`lengths`.*list of unpadded.*np.full.*Received: "):
+        DocumentWindows(to(padded(documents, padding)), window=5, lanes=4)
+
+
+def test_one_padded_series_among_many_is_refused():
+    series = np.ones((100, 30), "float32")
+    series[40, 29] = 0
+    with pytest.raises(ValueError, match="`lengths`.*Received: documents of shape"):
+        DocumentWindows(series, window=5, lanes=4)
+
+
+def test_zeros_may_be_real():
+    dense = np.array([[0, 3, 0], [1, 0, 2]])
+    windows = DocumentWindows(dense, lengths=np.full(2, 3), window=2, lanes=2)
+    assert sorted(map(list, rejoin(windows))) == [[0, 3, 0], [1, 0, 2]]
+    windows = DocumentWindows(list(dense), window=2, lanes=2)
+    assert sorted(map(list, rejoin(windows))) == [[0, 3, 0], [1, 0, 2]]
+    for dense in ([[1, 0, 2], [3, 0, 4]], [[0], [1]]):  # in the middle; documents of one step
+        assert DocumentWindows(np.array(dense), window=2, lanes=2).num_steps == np.size(dense)
+
+
+@pytest.mark.parametrize(
+    ("documents", "arguments", "message"),
+    [
+        (np.ones((2, 3), int), {"lengths": [3, 4]}, "from 1 to 3"),
+        (np.ones((2, 3), int), {"lengths": [3, 0]}, "from 1 to 3"),
+        (np.ones((2, 3), int), {"lengths": [3]}, "one integer per document"),
+        (np.ones((2, 3), int), {"lengths": [1, 2, 3]}, "one integer per document"),
+        (np.ones((2, 3), int), {"lengths": [1.5, 2]}, "one integer per document"),
+        (np.ones((2, 3), int), {"lengths": [3, 3], "offsets": [0, 1, 2]}, "not both"),
+        ([[1, 2], [3]], {"lengths": [2, 1]}, "one padded array"),
+        (tf.ragged.constant([[1, 2], [3]]), {"lengths": [2, 1]}, "one padded array"),
+        (np.array([[0, 1], [1, 2]]), {"lengths": [1, 2]}, 'padding="post"'),
+    ],
+)
+def test_lengths_that_cannot_be_right_are_refused(documents, arguments, message):
+    with pytest.raises(ValueError, match=rf"(?s){message}.*Received: "):
+        DocumentWindows(documents, window=2, lanes=2, **arguments)
+
+
 def test_features_and_targets_per_step():
     documents = random_documents(features=3)
     targets = [d.sum(axis=1, keepdims=True) for d in documents]
