@@ -11,6 +11,7 @@ import tensorflow as tf
 
 # Elements looked at together, so that checking a memmap never reads it into memory whole.
 _CHUNK = 1 << 22
+_INT32 = np.iinfo("int32")
 
 
 def flatten(
@@ -20,14 +21,14 @@ def flatten(
 
     Args:
         documents: A list of arrays `[T, ...]`; or a `tf.RaggedTensor`; or, with `offsets`, one flat
-            array `[sum of T, ...]`, which is not copied if its dtype can stay; or, with `lengths`,
-            one right-padded array `[documents, longest, ...]`.
+            array `[sum of T, ...]`, which is not copied; or, with `lengths`, one right-padded array
+            `[documents, longest, ...]`.
         offsets: Ints `[documents + 1]`, or None.
         lengths: Ints `[documents]`, or None.
         name: str. The argument's name in an error.
 
     Returns:
-        `values`: int32 or float32 `[sum of T, ...]`; a memmap keeps its dtype.
+        `values`: integers or floats `[sum of T, ...]`.
         `offsets`: int64 `[documents + 1]`.
 
     Raises:
@@ -78,8 +79,6 @@ def flatten(
             f"`{name}` must be integers or floats; turn text into ids first, for example with "
             f"`keras_tbptt.text`. Received: dtype={values.dtype}"
         )
-    if not isinstance(values, np.memmap):
-        values = values.astype("float32" if values.dtype.kind == "f" else "int32", copy=False)
     return values, offsets
 
 
@@ -131,8 +130,8 @@ def _unpad(documents: Any, offsets: Any, lengths: Any, name: str) -> tuple[np.nd
     padded = None if ragged else _rectangular(documents)
     if padded is None or padded.ndim < 2:
         raise ValueError(
-            f"With `lengths`, `{name}` must be one padded array `[documents, longest, ...]`. A list "
-            f"of unpadded arrays needs no `lengths`. Received: {type(documents).__name__}"
+            f"With `lengths`, `{name}` must be one padded array `[documents, longest, ...]`. A "
+            f"list of unpadded arrays needs no `lengths`. Received: {type(documents).__name__}"
             + ("" if padded is None else f" of shape {padded.shape}")
         )
     lengths, longest = np.asarray(lengths), padded.shape[1]
@@ -197,24 +196,42 @@ def read_dataset(dataset: tf.data.Dataset, labels: Any) -> tuple[Any, Any]:
     return documents, ys
 
 
-def check_values(values: np.ndarray) -> None:
-    """Refuses what would train to nonsense.
+def check_values(values: np.ndarray, name: str, least: int = _INT32.min) -> None:
+    """Refuses numbers that a batch cannot hold, and what would train to nonsense.
 
     Args:
-        values: `[sum of T, ...]`.
+        values: Integers or floats `[rows, ...]`.
+        name: str. The argument's name in an error.
+        least: int. The least integer allowed. Defaults to that of int32.
 
     Raises:
-        ValueError: If a feature is NaN or infinite, or an id is negative.
+        ValueError: If a float is NaN, infinite or too large for float32, or an integer is less than
+            `least` or too large for int32.
     """
     for start, part in chunks(values):
-        bad = ~np.isfinite(part) if part.dtype.kind == "f" else part < 0
+        if part.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                bad, what = ~np.isfinite(narrow(part)), "finite numbers that fit float32"
+        else:
+            bad = (part < least) | (part > _INT32.max)
+            what = "ids >= 0 that fit int32" if least == 0 else "integers that fit int32"
         if bad.any():
-            step = start + int(np.argwhere(bad)[0][0])
-            what = "finite floats" if part.dtype.kind == "f" else "ids >= 0"
+            where = tuple(np.argwhere(bad)[0])
             raise ValueError(
-                f"`documents` must hold {what}. "
-                f"Received: {part[step - start]!r} at step {step} of all documents together"
+                f"`{name}` must be {what}. Received: {part[where]} at row {start + where[0]}"
             )
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """The same numbers in the dtype of a batch.
+
+    Args:
+        values: Integers or floats `[rows, ...]`.
+
+    Returns:
+        float32 or int32 `[rows, ...]`: `values` itself if it has this dtype.
+    """
+    return values.astype("float32" if values.dtype.kind == "f" else "int32", copy=False)
 
 
 def chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

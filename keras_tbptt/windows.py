@@ -127,10 +127,11 @@ class DocumentWindows:
 
         if isinstance(documents, tf.data.Dataset):
             documents, labels = forms.read_dataset(documents, labels)
-        self._values, self._offsets = forms.flatten(documents, offsets, lengths)
+        values, self._offsets = forms.flatten(documents, offsets, lengths)
         if offsets is None:
             forms.check_padding(documents, lengths)
-        forms.check_values(self._values)
+        forms.check_values(values, "documents", least=0)
+        self._values = _kept(values)
         self._filler = forms.first_nonzero(self._values, self._offsets[0])
         steps = np.diff(self._offsets)
         if per_step:
@@ -327,7 +328,9 @@ class DocumentWindows:
         real = position >= begin
         steps = _padded(self._values, np.maximum(position, begin), np.ones_like(real))
         labelled = end[:, 0] - 1 - self._offsets[0] if self.per_step else documents
-        y = tf.nest.map_structure(lambda t: None if t is None else t[labelled], self._targets)
+        y = tf.nest.map_structure(
+            lambda t: None if t is None else forms.narrow(np.asarray(t[labelled])), self._targets
+        )
         return steps, real, y, self._weights[documents]
 
     def _check_evaluation(self, flags: bool, window_loss: str) -> None:
@@ -397,26 +400,26 @@ def _refuse_shuffle(*args: Any, **kwargs: Any) -> None:
 
 def _padded(values: np.ndarray, position: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Gathers `[lanes, window, ...]` from `values`, zero where a step is not real."""
-    rows = np.asarray(values[position])
-    rows = rows.astype("float32" if rows.dtype.kind == "f" else "int32", copy=False)
+    rows = forms.narrow(np.asarray(values[position]))
     rows[~real] = 0
     return rows
 
 
 def _labels(steps: np.ndarray, labels: Any, name: str) -> np.ndarray:
     """One label per document, `[documents, ...]`."""
-    labels = np.asarray(labels)
+    labels = np.array(labels)
     if labels.ndim == 0 or len(labels) != len(steps):
         raise ValueError(
             f"`{name}` must have one label per document ({len(steps)} documents). "
             f"Received: labels of shape {labels.shape}"
         )
-    return _finite(labels, name)
+    if labels.dtype.kind not in "biuf":
+        raise ValueError(f"`{name}` must be finite numbers. Received: dtype={labels.dtype}")
+    forms.check_values(labels, name)
+    return forms.narrow(labels)
 
 
-def _targets(
-    steps: np.ndarray, offsets: Any, lengths: Any, targets: Any, name: str
-) -> np.ndarray:
+def _targets(steps: np.ndarray, offsets: Any, lengths: Any, targets: Any, name: str) -> np.ndarray:
     """One target per step, flat: `[sum of T, ...]`."""
     values, offsets = forms.flatten(targets, offsets, lengths, name)
     if not np.array_equal(np.diff(offsets), steps):
@@ -425,16 +428,14 @@ def _targets(
             f"{steps.sum()} steps). Received: {len(offsets) - 1} rows, "
             f"{np.diff(offsets).sum()} steps"
         )
-    return _finite(values[offsets[0] : offsets[-1]], name)
+    values = values[offsets[0] : offsets[-1]]
+    forms.check_values(values, name)
+    return _kept(values)
 
 
-def _finite(values: np.ndarray, name: str) -> np.ndarray:
-    if values.dtype.kind not in "biuf" or not np.isfinite(values).all():
-        raise ValueError(
-            f"`{name}` must be finite numbers. Received: dtype={values.dtype}, with "
-            f"{'values that are not finite' if values.dtype.kind == 'f' else 'no numbers'}"
-        )
-    return values.astype("float32") if values.dtype.kind == "f" else values.astype("int32")
+def _kept(values: np.ndarray) -> np.ndarray:
+    """What stays in memory: a memmap stays in its file, and each batch converts its own rows."""
+    return values if isinstance(values, np.memmap) else forms.narrow(values)
 
 
 def _weights(weights: Any, documents: int) -> np.ndarray:
