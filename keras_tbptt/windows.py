@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,10 @@ class DocumentWindows:
             self._targets = None if labels is None else take(labels, "labels")
         self._weights = _weights(weights, len(steps))
         self._layout = PACKINGS[packing](steps, self.window, self.lanes, mean_window, stretch)
-        self._plan = functools.lru_cache(maxsize=2)(self._layout.plan)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the cache of plans, which cannot be pickled."""
+        return {name: value for name, value in vars(self).items() if name != "_plans"}
 
     def __len__(self) -> int:
         """Windows (batches) in an epoch."""
@@ -350,9 +353,13 @@ class DocumentWindows:
                 f"Received: {self!r} without labels"
             )
 
+    @functools.cached_property
+    def _plans(self) -> Callable[[tuple[int, int], bool], Plan]:
+        return functools.lru_cache(maxsize=2)(self._layout.plan)
+
     def _plan_of(self, epoch: int) -> Plan:
         drawn = self.shuffle or self.mean_window is not None or self.stretch is not None
-        return self._plan((self.seed, epoch if drawn else 0), self.shuffle)
+        return self._plans((self.seed, epoch if drawn else 0), self.shuffle)
 
     def _read(self, epoch: np.int64, step: np.int64) -> list[np.ndarray]:
         return tf.nest.flatten(self._batch(self._plan_of(int(epoch)), int(step)))

@@ -1,5 +1,7 @@
+import copy
 import gc
 import itertools
+import pickle
 import threading
 import weakref
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from toys import random_documents, random_labels, token_model
 
 from keras_tbptt import DocumentWindows
+from keras_tbptt import documents as forms
 
 
 def batches(windows, **kwargs):
@@ -267,7 +270,7 @@ def test_a_padded_array_without_lengths_is_refused(padding, features, to):
 def test_one_padded_series_among_many_is_refused():
     series = np.ones((100, 30), "float32")
     series[40, 29] = 0
-    with pytest.raises(ValueError, match="`lengths`.*Received: documents of shape"):
+    with pytest.raises(ValueError, match=r"`lengths`.*Received: documents of shape"):
         DocumentWindows(series, window=5, lanes=4)
 
 
@@ -310,6 +313,50 @@ def test_features_and_targets_per_step():
         np.testing.assert_allclose((x["inputs"].sum(-1) - y[..., 0])[real], 0, atol=1e-6)
         np.testing.assert_array_equal(weight[real], 1)
         assert not weight[x["lengths"] == 0].any() and not weight[~real].any()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "float64"])
+def test_targets_in_a_file_stay_there(dtype, tmp_path):
+    documents = random_documents()
+    offsets = np.cumsum([0, *map(len, documents)])
+    flat = np.concatenate(documents)
+    mapped = np.memmap(tmp_path / "targets", dtype=dtype, mode="w+", shape=flat.shape)
+    mapped[:] = flat * 2
+    arguments = dict(offsets=offsets, per_step=True, window=5, lanes=4)
+    windows = DocumentWindows(flat, mapped, **arguments)
+    assert np.shares_memory(windows._targets, mapped)
+    one, other = windows, DocumentWindows(flat, np.array(mapped), **arguments)
+    keras.tree.map_structure(
+        np.testing.assert_array_equal, batches(one, flags=True), batches(other, flags=True)
+    )
+    y, expected = one.whole([3, 5])[2], other.whole([3, 5])[2]
+    np.testing.assert_array_equal(y, expected)
+    assert y.dtype == expected.dtype == ("float32" if dtype == "float64" else "int32")
+
+
+def test_every_target_in_a_file_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(forms, "_CHUNK", 4)
+    mapped = np.memmap(tmp_path / "targets", dtype="float64", mode="w+", shape=(10,))
+    mapped[9] = np.inf
+    with pytest.raises(ValueError, match=r"(?s)`labels` must be finite.*Received: inf at row 9"):
+        DocumentWindows(np.ones(10, int), mapped, offsets=[0, 10], per_step=True, window=5, lanes=1)
+
+
+@pytest.mark.parametrize(
+    ("documents", "labels", "message"),
+    [
+        (np.array([2**32 + 5, 1]), [0], "`documents`.*int32.*4294967301"),
+        ([[2**32 + 5, 1]], [0], "`documents`.*int32.*4294967301"),
+        ([[1]], [2**31], "`labels`.*int32.*2147483648"),
+        ([[1]], np.array([2**31], "uint32"), "`labels`.*int32.*2147483648"),
+        ([[1]], [1e39], "`labels`.*float32.*1e.39"),
+        ([[1e39]], [1], "`documents`.*float32.*1e.39"),
+    ],
+)
+def test_numbers_that_a_batch_cannot_hold_are_refused(documents, labels, message):
+    offsets = [0, 2] if isinstance(documents, np.ndarray) else None
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        DocumentWindows(documents, labels, offsets=offsets, window=2, lanes=1)
 
 
 def test_labels_may_be_vectors_and_a_dict_of_outputs():
@@ -479,6 +526,30 @@ def test_a_dataset_keeps_its_documents_and_lets_go_of_them(flags):
     del dataset
     gc.collect()
     assert there() is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w))])
+def test_copied_windows_give_the_same_batches(copied, tmp_path):
+    documents = random_documents()
+    mapped = np.memmap(
+        tmp_path / "tokens", dtype="uint16", mode="w+", shape=sum(map(len, documents))
+    )
+    mapped[:] = np.concatenate(documents)
+    windows = DocumentWindows(
+        mapped, random_labels(), offsets=np.cumsum([0, *map(len, documents)]),
+        window=5, mean_window=4, lanes=4, shuffle=True,
+    )  # fmt: skip
+    batches(windows)
+    other = copied(windows)
+    assert other.epoch == windows.epoch == 1 and other.fingerprint == windows.fingerprint
+    for _ in range(2):
+        keras.tree.map_structure(
+            np.testing.assert_array_equal,
+            batches(other, flags=True),
+            batches(windows, flags=True),
+        )
+    batches(other)
+    assert (windows.epoch, other.epoch) == (3, 4)
 
 
 def test_whole_documents_end_together():
