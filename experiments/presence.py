@@ -42,7 +42,7 @@ _WAYS = (
 SETTINGS = tuple(dataclasses.replace(way, data=data) for data in PLACES for way in _WAYS)
 
 
-def write_sequences(documents: int, places: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def write_sequences(documents: int, places: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
     """Writes sequences of which every second has a 1.
 
     Args:
@@ -51,13 +51,13 @@ def write_sequences(documents: int, places: int, seed: int) -> tuple[np.ndarray,
         seed: int.
 
     Returns:
-        Features (float32 `[documents, 20, 1]`) and labels (int32 `[documents]`).
+        `documents` arrays of features (float32 `[20, 1]`) and labels (int32 `[documents]`).
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(documents, dtype="int32") % 2)
     sequences = np.zeros((documents, STEPS, 1), "float32")
     sequences[np.arange(documents), rng.integers(0, places, documents), 0] = labels
-    return sequences, labels
+    return list(sequences), labels
 
 
 def train_and_test(
@@ -85,7 +85,7 @@ def train_and_test(
     for seed in seeds:
         train = write_sequences(documents, PLACES[setting.data], seed)
         model, seconds = settings.train(build, *train, epochs, LEARNING_RATE, seed)
-        probability = model.predict_documents(tests)[:, 0].tolist()
+        probability = model.predict_documents(list(tests))[:, 0].tolist()
         figures["seconds"].append(round(seconds, 1))
         figures["found"].append(probability[:-1])
         figures["false_alarm"].append(probability[-1])

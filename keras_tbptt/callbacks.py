@@ -1,4 +1,4 @@
-"""Callbacks for stateful Keras models, this library's or anybody's."""
+"""Callbacks for stateful Keras models: a `keras.Model` of any kind."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_tbptt.model import TBPTTModel
@@ -16,23 +17,33 @@ from keras_tbptt.windows import DocumentWindows
 class ResetStates(keras.callbacks.Callback):
     """Resets each lane of a stock stateful model where the lane begins a document.
 
-    Keras resets nothing between batches, epochs, or training and validation. With this callback
-    each lane starts every document from the initial state, and validation has a state of its
-    own: training goes on as though it had not happened.
+    Keras resets no state between batches or epochs, and validation overwrites the state of
+    training. With this callback, each lane starts every document from the initial state. An
+    evaluation or a prediction has a state of its own: afterwards the callback restores the state of
+    training and `windows.epoch`.
 
     A `TBPTTModel` does all this by itself and needs no such callback.
 
     Args:
-        windows: The `DocumentWindows` whose `dataset()` is given to `fit`, or to `evaluate` or
-            `predict` outside of `fit`.
-        validation: The `DocumentWindows` whose `dataset()` is the `validation_data` of `fit`.
+        windows: `DocumentWindows`, whose `dataset()` is given to `fit`, or to `evaluate` or
+            `predict` outside of `fit`. A `.map(...)` may follow the dataset; nothing that shuffles,
+            caches or reads ahead may.
+            If you make lanes of your own: a bool array `[windows, lanes]`, True where a document
+            begins, or any object with such an array as its attribute `starts`, which is read when
+            an epoch begins. The callback then checks the number of windows and lanes. It cannot
+            check that the batches come in this order.
+        validation: The same for the `validation_data` of `fit`. Defaults to None: no validation.
 
     Raises:
-        ValueError: When training begins, if it cannot be right: `steps_per_execution > 1`
-            (Keras then calls no callback between batches), a model without stateful layers or
-            with another batch size, another number of batches, or validation without
-            `validation`; and after the first batch, if that did not come from
-            `windows.dataset()` in its order (as when arrays are shuffled by `fit`).
+        ValueError: When the callback is made, if an argument is none of these.
+            When training or an evaluation begins, if it cannot be correct:
+            `steps_per_execution > 1` (Keras then calls no callback between batches), a model
+            without stateful layers or with another batch size, another number of batches,
+            validation without `validation`, or the evaluation of targets per step on outputs with
+            a mask.
+            After a batch that did not come from `windows.dataset()` in order, for example because
+            `fit` shuffles arrays or something behind the dataset reads ahead.
+            After an evaluation of only some windows.
 
     Example:
 
@@ -41,21 +52,19 @@ class ResetStates(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, windows: DocumentWindows, validation: DocumentWindows | None = None):
+    def __init__(self, windows: Any, validation: Any = None):
         super().__init__()
-        for name, value in (("windows", windows), ("validation", validation)):
-            if not isinstance(value, DocumentWindows) and (value is not None or name == "windows"):
-                raise ValueError(
-                    f"`{name}` must be keras_tbptt.DocumentWindows. Received: {name}={value!r}"
-                )
+        _read_starts(windows, "windows")
+        if validation is not None:
+            _read_starts(validation, "validation")
         self.windows = windows
         self.validation = validation
         self._training = False
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Refuses what cannot be right."""
-        self._training = False  # also after a training that an error ended
-        self._check(self.windows)
+        """Refuses a training that cannot be correct."""
+        self._training = False  # an error may have ended the training before
+        self._begin(self.windows)
         self._training = True
 
     def on_train_end(self, logs: Any = None) -> None:
@@ -63,47 +72,53 @@ class ResetStates(keras.callbacks.Callback):
         self._training = False
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Takes the plan of the epoch that begins."""
-        self._follow(self.windows)
+        """Reads the boundaries of the epoch that begins."""
+        self._follow(self.windows, self.params.get("steps"))
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Resets the lanes that begin a document in this window."""
         self._reset(batch)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Refuses batches that are not the windows."""
-        self._check_read(batch)
+        """Refuses a batch that is not the window of this place."""
+        self._check_batch(batch)
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """Puts the state of training aside."""
-        windows = self.validation if self._training else self.windows
-        if windows is None:
+        """Saves the state of training, and refuses outputs that Keras counts wrongly."""
+        windows = self._begin_evaluation()
+        outputs = getattr(self.model, "outputs", None) or []  # a subclassed model has none
+        masked = any(getattr(output, "_keras_mask", None) is not None for output in outputs)
+        if masked and getattr(windows, "per_step", False):
             raise ValueError(
-                "Validation inside `fit` needs its own boundaries: "
-                "ResetStates(train, validation=valid). Received: validation=None"
+                "Keras divides the loss of masked outputs by the unmasked steps of each batch, so "
+                "the loss is not the mean over steps. Padding has weight 0 already: build "
+                f"Embedding with mask_zero=False. Received: model {self.model.name!r}"
             )
-        self._check(windows)
-        self._saved = get_states(self.model)
-        self._follow(windows)
 
     def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Resets the lanes that begin a document in this window."""
         self._reset(batch)
 
     def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Refuses batches that are not the windows."""
-        self._check_read(batch)
+        """Refuses a batch that is not the window of this place."""
+        self._check_batch(batch)
 
     def on_test_end(self, logs: Any = None) -> None:
-        """Gives training its state back."""
-        set_states(self.model, self._saved)
+        """Restores the state of training."""
+        self._end_evaluation(stopped=self.model.stop_evaluating)
 
-    on_predict_begin = on_test_begin
+    def on_predict_begin(self, logs: Any = None) -> None:
+        """Saves the state of training."""
+        self._begin_evaluation()
+
     on_predict_batch_begin = on_test_batch_begin
     on_predict_batch_end = on_test_batch_end
-    on_predict_end = on_test_end
 
-    def _check(self, windows: DocumentWindows) -> None:
+    def on_predict_end(self, logs: Any = None) -> None:
+        """Restores the state of training."""
+        self._end_evaluation(stopped=self.model.stop_predicting)
+
+    def _begin(self, windows: Any) -> None:
         model = self.model
         if isinstance(model, TBPTTModel):
             raise ValueError(
@@ -116,38 +131,95 @@ class ResetStates(keras.callbacks.Callback):
                 "the steps of one execution; a TBPTTModel has no such limit. "
                 f"Received: steps_per_execution={model.steps_per_execution}"
             )
-        lanes = state_variables(model)[0].shape[0]
-        if lanes != windows.lanes:
-            raise ValueError(
-                f"The model's batch size must be the windows' lanes, {windows.lanes}. "
-                f"Received: a model built for {lanes} rows"
-            )
-        steps = None if self._training else self.params.get("steps")
-        if steps not in (None, len(windows)):
-            raise ValueError(
-                f"An epoch must be all {len(windows)} windows, in order: leave out "
-                f"steps_per_epoch, and give Keras windows.dataset(). Received: steps={steps}"
-            )
+        # Inside `fit`, `params` are those of training, also during validation.
+        self._follow(windows, None if self._training else self.params.get("steps"))
 
-    def _follow(self, windows: DocumentWindows) -> None:
+    def _begin_evaluation(self) -> Any:
+        windows = self.validation if self._training else self.windows
+        if windows is None:
+            raise ValueError(
+                "Validation inside `fit` needs its own boundaries: "
+                "ResetStates(train, validation=valid). Received: validation=None"
+            )
+        self._begin(windows)
+        self._states = get_states(self.model)
+        self._epoch = getattr(windows, "epoch", None)
+        return windows
+
+    def _end_evaluation(self, stopped: bool) -> None:
+        set_states(self.model, self._states)
+        windows = self._following
+        if isinstance(windows, DocumentWindows):
+            # An evaluation is no epoch of training, and may run in the middle of one.
+            windows.epoch, windows._handed_out = self._epoch, self._handed_out
+        if not stopped:
+            self._check_steps(self._batches)
+
+    def _follow(self, windows: Any, steps: int | None) -> None:
+        """Takes the boundaries of the windows that come next."""
         self._following = windows
-        self._starts = windows.starts
-        self._reads = windows.reads
+        self._starts = _read_starts(windows, "windows")
+        self._handed_out = getattr(windows, "_handed_out", None)
+        self._batches = 0
+        rows, lanes = state_variables(self.model)[0].shape[0], self._starts.shape[1]
+        if rows != lanes:
+            raise ValueError(
+                f"The model's batch size must be the windows' lanes, {lanes}. "
+                f"Received: a model built for {rows} rows"
+            )
+        if steps is not None:
+            self._check_steps(steps)
+
+    def _check_steps(self, steps: int) -> None:
+        if steps != len(self._starts):
+            raise ValueError(
+                f"An epoch must be all {len(self._starts)} windows, in order: leave out "
+                "steps_per_epoch and validation_steps, and give Keras windows.dataset(). "
+                f"Received: steps={steps}"
+            )
 
     def _reset(self, batch: int) -> None:
+        if batch >= len(self._starts):
+            raise ValueError(
+                f"There is no window {batch + 1}: an epoch must be all {len(self._starts)} "
+                "windows, once. With `.repeat()`, give Keras steps_per_epoch=len(windows). "
+                f"Received: more than {len(self._starts)} batches"
+            )
         lanes = self._starts[batch]
         if lanes.any():
             self._reset_lanes(lanes)
 
-    def _check_read(self, batch: int) -> None:
-        if batch == 0 and self._following.reads == self._reads:
+    def _check_batch(self, batch: int) -> None:
+        self._batches = batch + 1
+        if not isinstance(self._following, DocumentWindows):
+            return
+        handed_out = self._following._handed_out - self._handed_out
+        received = f"Received: {handed_out} windows of {self._following!r} for {batch + 1} batches"
+        if handed_out < batch + 1:
             raise ValueError(
                 "The batches do not come from the windows that ResetStates follows, so it cannot "
                 "know where documents begin: give Keras windows.dataset() itself, not a copy, a "
-                "cache or shuffled arrays of it. "
-                f"Received: a first batch without a read of {self._following!r}"
+                f"cache or shuffled arrays of it. {received}"
+            )
+        if handed_out > batch + 1:
+            raise ValueError(
+                "Something behind windows.dataset() reads ahead, so ResetStates cannot know the "
+                "order: leave out shuffle, batch and prefetch (the dataset prefetches by itself); "
+                f"`.map` is fine. {received}"
             )
 
     @functools.cached_property
     def _reset_lanes(self) -> Any:
         return tf.function(lambda lanes: reset_states(self.model, lanes))
+
+
+def _read_starts(windows: Any, name: str) -> np.ndarray:
+    """Where documents begin: bool `[windows, lanes]`."""
+    starts = np.asarray(getattr(windows, "starts", windows))
+    if starts.dtype != bool or starts.ndim != 2:
+        raise ValueError(
+            f"`{name}` must be keras_tbptt.DocumentWindows, or say where documents begin by a bool "
+            "array [windows, lanes], itself or as its attribute `starts`. "
+            f"Received: {type(windows).__name__}, dtype={starts.dtype}, shape={starts.shape}"
+        )
+    return starts

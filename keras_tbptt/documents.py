@@ -11,25 +11,32 @@ import tensorflow as tf
 
 # Elements looked at together, so that checking a memmap never reads it into memory whole.
 _CHUNK = 1 << 22
+_INT32 = np.iinfo("int32")
 
 
-def flatten(documents: Any, offsets: Any = None, name: str = "documents") -> tuple:
+def flatten(
+    documents: Any, offsets: Any = None, lengths: Any = None, name: str = "documents"
+) -> tuple[np.ndarray, np.ndarray]:
     """One flat array and the offsets of its documents.
 
     Args:
-        documents: A list of arrays `[T, ...]`, a `tf.RaggedTensor`, or, with `offsets`, one
-            flat array `[sum of T, ...]`, which is not copied if its dtype can stay.
-        offsets: None, or ints `[documents + 1]`.
-        name: How an error names the argument.
+        documents: A list of arrays `[T, ...]`; or a `tf.RaggedTensor`; or, with `offsets`, one flat
+            array `[sum of T, ...]`, which is not copied; or, with `lengths`, one right-padded array
+            `[documents, longest, ...]`.
+        offsets: Ints `[documents + 1]`, or None.
+        lengths: Ints `[documents]`, or None.
+        name: str. The argument's name in an error.
 
     Returns:
-        `values` (`[sum of T, ...]`, integers or float32, or float64 untouched in a memmap) and
-        `offsets` (int64 `[documents + 1]`).
+        `values`: integers or floats `[sum of T, ...]`.
+        `offsets`: int64 `[documents + 1]`.
 
     Raises:
-        ValueError: If there are no documents, one is empty, or their shapes disagree.
+        ValueError: If there are no documents, one is empty, or shapes disagree.
     """
-    if isinstance(documents, tf.RaggedTensor):
+    if lengths is not None:
+        documents, offsets = _unpad(documents, offsets, lengths, name)
+    elif isinstance(documents, tf.RaggedTensor):
         if documents.ragged_rank != 1:
             raise ValueError(
                 f"`{name}` must be ragged in its steps only (ragged_rank 1). "
@@ -72,23 +79,97 @@ def flatten(documents: Any, offsets: Any = None, name: str = "documents") -> tup
             f"`{name}` must be integers or floats; turn text into ids first, for example with "
             f"`keras_tbptt.text`. Received: dtype={values.dtype}"
         )
-    if not isinstance(values, np.memmap):
-        values = values.astype("float32" if values.dtype.kind == "f" else "int32", copy=False)
     return values, offsets
 
 
-def read_dataset(dataset: tf.data.Dataset, labels: Any) -> tuple[list, Any]:
-    """Reads a finite `tf.data.Dataset` of `document` or `(document, label)` into lists.
+def check_padding(documents: Any, lengths: Any = None) -> None:
+    """Refuses one array of documents whose padding would be taken for steps.
+
+    Args:
+        documents: What the caller gave without `offsets`.
+        lengths: What the caller gave as `lengths`.
+
+    Raises:
+        ValueError: If `documents` is an array `[documents, longest, ...]`, and without `lengths` a
+            row begins or ends with a zero step, or with `lengths` a row is padded on the left.
+    """
+    if not isinstance(documents, (np.ndarray, tf.Tensor)) or len(documents.shape) < 2:
+        return
+    count, longest = documents.shape[:2]
+    if longest < 2:
+        return  # a document has at least one step
+    ends = np.asarray(documents[:, :: longest - 1])
+    zero = ~ends.reshape(count, 2, -1).any(axis=-1)
+    if lengths is None and zero.any():
+        raise ValueError(
+            "An array of documents may be padded with zeros: give `lengths` (with "
+            'padding="post"), or a list of unpadded arrays. If the zeros are real steps, give '
+            f"lengths=np.full({count}, {longest}). Received: documents of shape "
+            f"{tuple(documents.shape)}, {zero.any(axis=1).sum()} of which begin or end with a zero "
+            "step"
+        )
+    if lengths is not None:
+        left = (np.asarray(lengths) < longest) & zero[:, 0] & ~zero[:, 1]
+        if left.any():
+            row = int(np.argmax(left))
+            raise ValueError(
+                "`lengths` needs the padding at the end of each document: "
+                f'`pad_sequences(..., padding="post")`. Received: documents[{row}] of length '
+                f"{lengths[row]} of {longest}, which begins with a zero step and ends with another"
+            )
+
+
+def _unpad(documents: Any, offsets: Any, lengths: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The real steps of a right-padded array, and their offsets."""
+    if offsets is not None:
+        raise ValueError(
+            f"Give `lengths` for one padded array `[documents, longest, ...]`, or `offsets` for a "
+            f"flat one, not both. Received: lengths and offsets for `{name}`"
+        )
+    ragged = isinstance(documents, tf.RaggedTensor)
+    padded = None if ragged else _rectangular(documents)
+    if padded is None or padded.ndim < 2:
+        raise ValueError(
+            f"With `lengths`, `{name}` must be one padded array `[documents, longest, ...]`. A "
+            f"list of unpadded arrays needs no `lengths`. Received: {type(documents).__name__}"
+            + ("" if padded is None else f" of shape {padded.shape}")
+        )
+    lengths, longest = np.asarray(lengths), padded.shape[1]
+    if lengths.shape != padded.shape[:1] or lengths.dtype.kind not in "iu":
+        raise ValueError(
+            f"`lengths` must be one integer per document ({len(padded)} documents). "
+            f"Received: lengths of shape {lengths.shape}, dtype={lengths.dtype}"
+        )
+    if lengths.min(initial=1) < 1 or lengths.max(initial=1) > longest:
+        raise ValueError(
+            f"`lengths` must be from 1 to {longest}, the padded length of `{name}`. "
+            f"Received: lengths from {lengths.min()} to {lengths.max()}"
+        )
+    real = np.arange(longest) < lengths[:, None]
+    return padded[real], np.append(0, np.cumsum(lengths, dtype="int64"))
+
+
+def _rectangular(documents: Any) -> np.ndarray | None:
+    """The documents as one array of numbers, or None if their lengths differ."""
+    try:
+        return np.asarray(documents)
+    except ValueError:
+        return None
+
+
+def read_dataset(dataset: tf.data.Dataset, labels: Any) -> tuple[Any, Any]:
+    """Reads a finite `tf.data.Dataset` of `document` or `(document, label)`.
 
     Args:
         dataset: Elements `document` `[T, ...]` or `(document, label)`.
-        labels: What the caller gave beside it; None where the dataset holds the labels.
+        labels: What the caller gave as `labels`; None if the dataset holds them.
 
     Returns:
-        The documents, and the labels: None, an array or list, or a dict of them.
+        The documents: a list, or one array if the dataset's own spec gives all of them one length.
+        The labels: None, a list, or a dict of lists.
 
     Raises:
-        ValueError: If the dataset has no end, or labels come twice.
+        ValueError: If the dataset is infinite, or labels come twice.
     """
     if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
         raise ValueError(
@@ -103,32 +184,54 @@ def read_dataset(dataset: tf.data.Dataset, labels: Any) -> tuple[list, Any]:
             f"labels={'None' if labels is None else type(labels).__name__}"
         )
     rows = list(dataset.as_numpy_iterator())
+    documents = [row[0] for row in rows] if paired else rows
+    spec = dataset.element_spec[0] if paired else dataset.element_spec
+    if rows and isinstance(spec, tf.TensorSpec) and spec.shape.is_fully_defined():
+        documents = np.stack(documents)  # as padded as the array that it was sliced from
     if not paired:
-        return rows, labels
-    documents, ys = [row[0] for row in rows], [row[1] for row in rows]
+        return documents, labels
+    ys = [row[1] for row in rows]
     if isinstance(dataset.element_spec[1], Mapping):
         return documents, {key: [y[key] for y in ys] for key in dataset.element_spec[1]}
     return documents, ys
 
 
-def check_values(values: np.ndarray) -> None:
-    """Refuses what would train to nonsense.
+def check_values(values: np.ndarray, name: str, least: int = _INT32.min) -> None:
+    """Refuses numbers that a batch cannot hold, and what would train to nonsense.
 
     Args:
-        values: `[sum of T, ...]`.
+        values: Integers or floats `[rows, ...]`.
+        name: str. The argument's name in an error.
+        least: int. The least integer allowed. Defaults to that of int32.
 
     Raises:
-        ValueError: If a feature is NaN or infinite, or an id is negative.
+        ValueError: If a float is NaN, infinite or too large for float32, or an integer is less than
+            `least` or too large for int32.
     """
     for start, part in chunks(values):
-        bad = ~np.isfinite(part) if part.dtype.kind == "f" else part < 0
+        if part.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                bad, what = ~np.isfinite(narrow(part)), "finite numbers that fit float32"
+        else:
+            bad = (part < least) | (part > _INT32.max)
+            what = "ids >= 0 that fit int32" if least == 0 else "integers that fit int32"
         if bad.any():
-            step = start + int(np.argwhere(bad)[0][0])
-            what = "finite floats" if part.dtype.kind == "f" else "ids >= 0"
+            where = tuple(np.argwhere(bad)[0])
             raise ValueError(
-                f"`documents` must hold {what}. "
-                f"Received: {part[step - start]!r} at step {step} of all documents together"
+                f"`{name}` must be {what}. Received: {part[where]} at row {start + where[0]}"
             )
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """The same numbers in the dtype of a batch.
+
+    Args:
+        values: Integers or floats `[rows, ...]`.
+
+    Returns:
+        float32 or int32 `[rows, ...]`: `values` itself if it has this dtype.
+    """
+    return values.astype("float32" if values.dtype.kind == "f" else "int32", copy=False)
 
 
 def chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,8 @@ class DocumentWindows:
 
     With `shuffle=True` the documents, never the windows, take a new order every epoch. The order
     is a function of `(seed, epoch)` alone, the same on every machine; the number of windows is the
-    same in every epoch. `epoch` is the index of the coming epoch: it rises by one when the last
-    window of an epoch has been read, and may be set. `reads` counts the windows read so far.
+    same in every epoch. `epoch` is the index of the coming epoch. It rises by one when a dataset
+    hands out the last window of an epoch, and you may set it.
 
     Args:
         documents: A list of arrays, each integer ids `[T]` or floats `[T, F]`; or a
@@ -54,6 +54,10 @@ class DocumentWindows:
         weights: Optional floats `[documents]` >= 0: how much each document counts.
         offsets: Optional ints `[documents + 1]`: document i is
             `documents[offsets[i]:offsets[i + 1]]`.
+        lengths: Optional ints `[documents]` from 1 to `longest`: `documents`, and targets per step,
+            are arrays `[documents, longest, ...]`, padded at the end, and document i is
+            `documents[i, :lengths[i]]`. An array that begins or ends a document with a zero step is
+            refused without `lengths`, because that step may be padding.
         per_step: bool, whether `labels` holds a target per step.
         mean_window: Optional int >= 2: windows have random lengths around it, drawn anew every
             epoch from `(seed, epoch)`, and `window`, at least 1.25 times as long, is the longest
@@ -94,6 +98,7 @@ class DocumentWindows:
         seed: int | None = None,
         weights: Any = None,
         offsets: Any = None,
+        lengths: Any = None,
         per_step: bool = False,
         mean_window: int | None = None,
         stretch: int | None = None,
@@ -118,24 +123,33 @@ class DocumentWindows:
         if stretch is not None:
             _at_least("stretch", stretch, 1)
         self.epoch = 0
-        self.reads = 0
+        self._handed_out = 0  # windows of `dataset()`, over all epochs; with flags the last alone
 
         if isinstance(documents, tf.data.Dataset):
             documents, labels = forms.read_dataset(documents, labels)
-        self._values, self._offsets = forms.flatten(documents, offsets)
-        forms.check_values(self._values)
+        values, self._offsets = forms.flatten(documents, offsets, lengths)
+        if offsets is None:
+            forms.check_padding(documents, lengths)
+        forms.check_values(values, "documents", least=0)
+        self._values = _kept(values)
         self._filler = forms.first_nonzero(self._values, self._offsets[0])
-        lengths = np.diff(self._offsets)
-        take = functools.partial(_targets if per_step else _labels, lengths, offsets)
+        steps = np.diff(self._offsets)
+        if per_step:
+            take = functools.partial(_targets, steps, offsets, lengths)
+        else:
+            take = functools.partial(_labels, steps)
         if isinstance(labels, Mapping):
             self._targets = {
                 name: take(value, f"labels[{name!r}]") for name, value in labels.items()
             }
         else:
             self._targets = None if labels is None else take(labels, "labels")
-        self._weights = _weights(weights, len(lengths))
-        self._layout = PACKINGS[packing](lengths, self.window, self.lanes, mean_window, stretch)
-        self._plan = functools.lru_cache(maxsize=2)(self._layout.plan)
+        self._weights = _weights(weights, len(steps))
+        self._layout = PACKINGS[packing](steps, self.window, self.lanes, mean_window, stretch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the cache of plans, which cannot be pickled."""
+        return {name: value for name, value in vars(self).items() if name != "_plans"}
 
     def __len__(self) -> int:
         """Windows (batches) in an epoch."""
@@ -218,13 +232,23 @@ class DocumentWindows:
         """bool `[steps, lanes]`: where documents end in the coming epoch."""
         return self.plan.ends
 
-    def dataset(self, flags: bool = False, window_loss: str = "per_window") -> tf.data.Dataset:
+    def dataset(
+        self, flags: bool = False, window_loss: str = "per_window", *, evaluation: bool = False
+    ) -> tf.data.Dataset:
         """The windows of an epoch as Keras batches; iterating again gives the next epoch.
 
         Args:
-            flags: Whether `x` carries what a `TBPTTModel` needs beside its inputs.
-            window_loss: Which windows count (see `keras_tbptt.losses`), for a model that knows
-                nothing of windows. With `flags=True` the model applies its own instead.
+            flags: bool. Whether `x` carries what a `TBPTTModel` needs beside its inputs. Defaults
+                to False.
+            window_loss: str. Which windows count (see `keras_tbptt.losses`) when a stock model
+                trains. A `TBPTTModel` has a window loss of its own, so `flags=True` ignores this
+                one. Defaults to `"per_window"`.
+            evaluation: bool. Whether the batches are for evaluating a stock model. Each document
+                then counts once, at its last window, and with `per_step=True` each real step
+                counts once. The weights are scaled so that the loss that Keras reports, a mean over
+                the rows of all batches, is the mean over documents (steps). `weighted_metrics`
+                are means over documents, too; `metrics` ignore the weights, so they count every
+                row. Targets per step need outputs without a mask. Defaults to False.
 
         Returns:
             A `tf.data.Dataset` of known cardinality, `len(self)`, of `(x, y, sample_weight)`, or
@@ -236,38 +260,61 @@ class DocumentWindows:
             `[lanes, ...]`, or `[lanes, window, ...]` with `per_step=True`. `sample_weight` is
             float32 `[lanes]`, or `[lanes, window]` with `per_step=True`; zero where a lane is idle
             or a step is padding.
+
+        Raises:
+            ValueError: If `window_loss` is unknown, or `evaluation=True` comes without labels,
+                with `flags=True` or with a `window_loss`.
         """
         check_window_loss(window_loss)
+        scale = 1.0
+        if evaluation:
+            self._check_evaluation(flags, window_loss)
+            counted = self.num_documents
+            rows = len(self) * self.lanes
+            if self.per_step:
+                counted, rows = self.num_steps, rows * self.window
+            else:
+                window_loss = "final_only"
+            scale = rows / counted
         structure = self._batch(self.plan, 0)
         flat = tf.nest.flatten(structure)
         # TensorFlow keeps every function that a graph calls, and all it refers to, for ever.
         this, count = weakref.ref(self), len(self)
 
+        def coming_epoch(_):
+            epoch = tf.numpy_function(lambda: np.int64(this().epoch), [], tf.int64)
+            return tf.data.Dataset.range(count).map(functools.partial(read, epoch))
+
         def read(epoch, step):
             read_now = lambda *place: this()._read(*place)  # noqa: E731
             tensors = tf.numpy_function(read_now, [epoch, step], [a.dtype for a in flat])
             tensors = [tf.ensure_shape(t, a.shape) for t, a in zip(tensors, flat, strict=True)]
-            return tf.nest.pack_sequence_as(structure, tensors)
+            batch = tf.nest.pack_sequence_as(structure, tensors)
+            return epoch, step, batch if flags else strip(*batch)
 
         def strip(x, y=None, sample_weight=None):
             if y is None:
                 return (x["inputs"],)
             weights = window_weights(window_loss, x, self.window, self.per_step)
-            return x["inputs"], y, sample_weight * weights
+            return x["inputs"], y, sample_weight * weights * scale
 
-        def coming_epoch(_):
-            epoch = tf.numpy_function(lambda: np.int64(this().epoch), [], tf.int64)
-            return tf.data.Dataset.range(count).map(functools.partial(read, epoch))
+        def hand_out(epoch, step, batch):
+            count_now = lambda *place: this()._hand_out(*place)  # noqa: E731
+            tell = lambda: tf.numpy_function(count_now, [epoch, step], tf.int64)  # noqa: E731
+            # A call to Python takes longer than the rest of this stage, so with flags only the
+            # last window makes one: a TBPTTModel finds boundaries in the batch, and counts nothing.
+            told = tf.cond(step == count - 1, tell, lambda: step) if flags else tell()
+            with tf.control_dependencies([told]):
+                return tf.nest.map_structure(tf.identity, batch)
 
-        windows = tf.data.Dataset.range(1).flat_map(coming_epoch)
-        if not flags:
-            windows = windows.map(strip)
-        windows = windows.apply(tf.data.experimental.assert_cardinality(count))
+        windows = tf.data.Dataset.range(1).flat_map(coming_epoch).prefetch(8)
+        # Behind the prefetch: what has been read ahead may never be used.
+        windows = windows.map(hand_out).apply(tf.data.experimental.assert_cardinality(count))
         # With autotuning, letting go of an iterator waits until the tuner's sleep ends: 5, 10, 20,
         # 41 s after it began.
         options = tf.data.Options()
         options.autotune.enabled = False
-        windows = windows.prefetch(8).with_options(options)
+        windows = windows.with_options(options)
         windows.shuffle = _refuse_shuffle
         windows.source = self
         return windows
@@ -291,19 +338,44 @@ class DocumentWindows:
         real = position >= begin
         steps = _padded(self._values, np.maximum(position, begin), np.ones_like(real))
         labelled = end[:, 0] - 1 - self._offsets[0] if self.per_step else documents
-        y = tf.nest.map_structure(lambda t: None if t is None else t[labelled], self._targets)
+        y = tf.nest.map_structure(
+            lambda t: None if t is None else forms.narrow(np.asarray(t[labelled])), self._targets
+        )
         return steps, real, y, self._weights[documents]
+
+    def _check_evaluation(self, flags: bool, window_loss: str) -> None:
+        if flags:
+            raise ValueError(
+                "`evaluation=True` is for stock Keras models. A TBPTTModel counts documents by "
+                "itself: leave out `evaluation`. Received: flags=True, evaluation=True"
+            )
+        if window_loss != "per_window":
+            raise ValueError(
+                "`evaluation=True` counts each document at its last window: leave out "
+                f"`window_loss`. Received: window_loss={window_loss!r}, evaluation=True"
+            )
+        if not self.has_labels:
+            raise ValueError(
+                "An evaluation needs labels: DocumentWindows(documents, labels, ...). "
+                f"Received: {self!r} without labels"
+            )
+
+    @functools.cached_property
+    def _plans(self) -> Callable[[tuple[int, int], bool], Plan]:
+        return functools.lru_cache(maxsize=2)(self._layout.plan)
 
     def _plan_of(self, epoch: int) -> Plan:
         drawn = self.shuffle or self.mean_window is not None or self.stretch is not None
-        return self._plan((self.seed, epoch if drawn else 0), self.shuffle)
+        return self._plans((self.seed, epoch if drawn else 0), self.shuffle)
 
     def _read(self, epoch: np.int64, step: np.int64) -> list[np.ndarray]:
-        plan = self._plan_of(int(epoch))
-        self.reads += 1
+        return tf.nest.flatten(self._batch(self._plan_of(int(epoch)), int(step)))
+
+    def _hand_out(self, epoch: np.int64, step: np.int64) -> np.int64:
+        self._handed_out += 1
         if step == len(self) - 1:
             self.epoch = int(epoch) + 1
-        return tf.nest.flatten(self._batch(plan, int(step)))
+        return step
 
     def _batch(self, plan: Plan, step: int) -> tuple:
         document, length = plan.document[step], plan.length[step]
@@ -342,42 +414,42 @@ def _refuse_shuffle(*args: Any, **kwargs: Any) -> None:
 
 def _padded(values: np.ndarray, position: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Gathers `[lanes, window, ...]` from `values`, zero where a step is not real."""
-    rows = np.asarray(values[position])
-    rows = rows.astype("float32" if rows.dtype.kind == "f" else "int32", copy=False)
+    rows = forms.narrow(np.asarray(values[position]))
     rows[~real] = 0
     return rows
 
 
-def _labels(lengths: np.ndarray, _: Any, labels: Any, name: str) -> np.ndarray:
+def _labels(steps: np.ndarray, labels: Any, name: str) -> np.ndarray:
     """One label per document, `[documents, ...]`."""
-    labels = np.asarray(labels)
-    if labels.ndim == 0 or len(labels) != len(lengths):
+    labels = np.array(labels)
+    if labels.ndim == 0 or len(labels) != len(steps):
         raise ValueError(
-            f"`{name}` must have one label per document ({len(lengths)} documents). "
+            f"`{name}` must have one label per document ({len(steps)} documents). "
             f"Received: labels of shape {labels.shape}"
         )
-    return _finite(labels, name)
+    if labels.dtype.kind not in "biuf":
+        raise ValueError(f"`{name}` must be finite numbers. Received: dtype={labels.dtype}")
+    forms.check_values(labels, name)
+    return forms.narrow(labels)
 
 
-def _targets(lengths: np.ndarray, offsets: Any, targets: Any, name: str) -> np.ndarray:
+def _targets(steps: np.ndarray, offsets: Any, lengths: Any, targets: Any, name: str) -> np.ndarray:
     """One target per step, flat: `[sum of T, ...]`."""
-    values, offsets = forms.flatten(targets, offsets, name)
-    if not np.array_equal(np.diff(offsets), lengths):
+    values, offsets = forms.flatten(targets, offsets, lengths, name)
+    if not np.array_equal(np.diff(offsets), steps):
         raise ValueError(
-            f"`{name}` must have one target per step of each document ({len(lengths)} documents, "
-            f"{lengths.sum()} steps). Received: {len(offsets) - 1} rows, "
+            f"`{name}` must have one target per step of each document ({len(steps)} documents, "
+            f"{steps.sum()} steps). Received: {len(offsets) - 1} rows, "
             f"{np.diff(offsets).sum()} steps"
         )
-    return _finite(values[offsets[0] : offsets[-1]], name)
+    values = values[offsets[0] : offsets[-1]]
+    forms.check_values(values, name)
+    return _kept(values)
 
 
-def _finite(values: np.ndarray, name: str) -> np.ndarray:
-    if values.dtype.kind not in "biuf" or not np.isfinite(values).all():
-        raise ValueError(
-            f"`{name}` must be finite numbers. Received: dtype={values.dtype}, with "
-            f"{'values that are not finite' if values.dtype.kind == 'f' else 'no numbers'}"
-        )
-    return values.astype("float32") if values.dtype.kind == "f" else values.astype("int32")
+def _kept(values: np.ndarray) -> np.ndarray:
+    """What stays in memory: a memmap stays in its file, and each batch converts its own rows."""
+    return values if isinstance(values, np.memmap) else forms.narrow(values)
 
 
 def _weights(weights: Any, documents: int) -> np.ndarray:

@@ -1,7 +1,9 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from toys import (
+    VOCAB,
     compiled,
     counting_model,
     random_documents,
@@ -11,7 +13,7 @@ from toys import (
     weights_of,
 )
 
-from keras_tbptt import DocumentWindows, ResetStates
+from keras_tbptt import DocumentWindows, ResetStates, TBPTTModel
 from keras_tbptt.state import get_states
 
 
@@ -69,13 +71,91 @@ def test_validation_leaves_training_bit_identical():
         np.testing.assert_array_equal(one, other)
 
 
-def test_evaluation_of_the_last_windows_counts_documents():
-    stock, ours = stock_model(), compiled(token_model())
-    valid = windows()
+def test_validation_on_the_training_windows_is_no_epoch_of_theirs():
+    def train(**kwargs):
+        model, train = stock_model(), windows(shuffle=True, seed=1)
+        callbacks = [ResetStates(train, validation=train)]
+        if kwargs.pop("validate", False):
+            kwargs["validation_data"] = train.dataset()
+        model.fit(
+            train.dataset(), shuffle=False, epochs=3, verbose=0, callbacks=callbacks, **kwargs
+        )
+        assert train.epoch == 3
+        model.evaluate(train.dataset(), verbose=0, callbacks=[ResetStates(train)])
+        model.predict(train.dataset(), verbose=0, callbacks=[ResetStates(train)])
+        assert train.epoch == 3
+        return weights_of(model)
+
+    np.testing.assert_array_equal(train(validate=True), train())
+
+
+def two_outputs(x):
+    return [keras.layers.Dense(1, activation="sigmoid", name=name)(x) for name in "ab"]
+
+
+def one_label():
+    return random_documents(), random_labels(), {}, token_model
+
+
+def one_label_each_for_two_outputs():
+    labels = {"a": random_labels(seed=1), "b": random_labels(seed=2)}
+    outputs = lambda x: dict(zip("ab", two_outputs(x), strict=True))  # noqa: E731
+    lstm = lambda: keras.layers.LSTM(5, stateful=True)  # noqa: E731
+    layers = token_layers(lstm, outputs)
+    return random_documents(), labels, {}, lambda cls: token_model(cls=cls, layers=layers)
+
+
+def tagger(cls, mask=False):
+    def layers(tokens):
+        x = keras.layers.Embedding(VOCAB, 6, mask_zero=mask or cls is TBPTTModel)(tokens)
+        x = keras.layers.LSTM(5, stateful=True, return_sequences=True)(x)
+        return keras.layers.Dense(1, activation="sigmoid")(x)
+
+    return token_model(cls=cls, layers=layers)
+
+
+def one_target_per_step():
+    targets = [d[:, None] > VOCAB / 2 for d in random_documents()]
+    return random_documents(), targets, {"per_step": True}, tagger
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("task", [one_label, one_label_each_for_two_outputs, one_target_per_step])
+def test_a_stock_model_evaluates_documents_as_a_tbptt_model_does(task, weighted):
+    documents, labels, kwargs, model = task()
+    if weighted:
+        kwargs["weights"] = np.linspace(0, 2, len(documents))
+    valid = DocumentWindows(documents, labels, window=5, lanes=4, **kwargs)
+    stock, ours = model(cls=keras.Model), model(cls=TBPTTModel)
+    for each in (stock, ours):
+        metrics = {n: ["accuracy"] for n in "ab"} if isinstance(labels, dict) else ["accuracy"]
+        each.compile("sgd", "binary_crossentropy", weighted_metrics=metrics)
     got = stock.evaluate(
-        valid.dataset(window_loss="final_only"), verbose=0, callbacks=[ResetStates(valid)]
-    )
-    assert got[1] == pytest.approx(ours.evaluate(valid, verbose=0)[1], abs=1e-6)
+        valid.dataset(evaluation=True),
+        verbose=0, return_dict=True, callbacks=[ResetStates(valid)],
+    )  # fmt: skip
+    expected = ours.evaluate(valid, verbose=0, return_dict=True)
+    names = [name for name in expected if name not in ("a_loss", "b_loss")]
+    assert len(names) == (3 if isinstance(labels, dict) else 2)
+    assert [got[name] for name in names] == pytest.approx([expected[n] for n in names], abs=1e-6)
+
+
+def test_the_loss_of_an_evaluation_is_the_mean_over_documents():
+    model, valid = stock_model(), windows()
+    ours = compiled(token_model())
+    predicted = ours.predict_documents(random_documents())
+    expected = keras.losses.binary_crossentropy(random_labels()[:, None], predicted).numpy().mean()
+    got = model.evaluate(valid.dataset(evaluation=True), verbose=0, callbacks=[ResetStates(valid)])
+    assert got[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_keras_would_divide_the_loss_of_masked_steps_by_those_of_their_batch():
+    documents, targets, kwargs, _ = one_target_per_step()
+    valid = DocumentWindows(documents, targets, window=5, lanes=4, **kwargs)
+    model = compiled(tagger(keras.Model, mask=True))
+    with pytest.raises(ValueError, match=r"(?s)mask_zero=False.*Received: "):
+        model.evaluate(valid.dataset(evaluation=True), verbose=0, callbacks=[ResetStates(valid)])
+    model.predict(valid.dataset(), verbose=0, callbacks=[ResetStates(valid)])
 
 
 def fit(model, data, callback, **kwargs):
@@ -95,9 +175,45 @@ def stateless(train):
     fit(compiled(keras.Model(tokens, layers(tokens))), train.dataset(), ResetStates(train))
 
 
+def behind(change, **kwargs):
+    """Trains on the windows with something behind their dataset."""
+
+    def wrong(train):
+        fit(stock_model(), change(train.dataset()), ResetStates(train), epochs=2, **kwargs)
+
+    return wrong
+
+
+def validation_of(change, **kwargs):
+    def wrong(train):
+        valid = windows(count=9)
+        fit(
+            stock_model(), train.dataset(), ResetStates(train, valid),
+            validation_data=change(valid.dataset(evaluation=True)), **kwargs,
+        )  # fmt: skip
+
+    return wrong
+
+
+def with_starts(starts):
+    return lambda t: fit(stock_model(), t.dataset(), ResetStates(starts(t)))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        (behind(lambda d: d.map(lambda *batch: batch).shuffle(3)), "reads ahead"),
+        (behind(lambda d: d.prefetch(2)), "reads ahead"),
+        (behind(lambda d: d.skip(1).repeat(), steps_per_epoch=25), "reads ahead"),
+        (behind(lambda d: d.cache()), "do not come from the windows"),
+        (behind(lambda d: d.repeat()), "no window 26"),
+        (validation_of(lambda d: d.repeat(2)), "no window"),
+        (validation_of(lambda d: d.take(2)), "must be all"),
+        (validation_of(lambda d: d, validation_steps=2), "must be all"),
+        (with_starts(lambda t: t.starts.astype(int)), "bool"),
+        (with_starts(lambda t: t.starts[0]), "bool"),
+        (with_starts(lambda t: t.starts[:, :3]), "batch size"),
+        (with_starts(lambda t: t.starts[:-1]), "all 24 windows"),
         (
             lambda t: fit(stock_model(steps_per_execution=2), t.dataset(), ResetStates(t)),
             "steps_per_execution=1",
@@ -114,12 +230,87 @@ def stateless(train):
             "validation=valid",
         ),
         (lambda t: fit(compiled(token_model()), t, ResetStates(t)), "leave ResetStates out"),
-        (lambda t: ResetStates([True]), "must be keras_tbptt.DocumentWindows"),
+        (lambda t: ResetStates([True]), "must be keras_tbptt.DocumentWindows, or"),
+        (lambda t: ResetStates(None), "must be keras_tbptt.DocumentWindows, or"),
     ],
 )
 def test_what_cannot_be_right_is_refused_loudly(wrong, message):
     with pytest.raises(ValueError, match=rf"(?s){message}.*Received: "):
         wrong(windows())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.map(lambda x, y, weight: (x, y, weight)),
+        lambda d: d.repeat(),
+        lambda d: d.unbatch().batch(4, drop_remainder=True),
+    ],
+)
+def test_what_takes_one_window_at_a_time_may_follow_the_dataset(change):
+    def train(change):
+        model, train = stock_model(), windows(shuffle=True, seed=1)
+        data, steps = change(train.dataset()), len(train)
+        fit(model, data, ResetStates(train), epochs=3, steps_per_epoch=steps)
+        return weights_of(model)
+
+    np.testing.assert_array_equal(train(change), train(lambda dataset: dataset))
+
+
+def test_an_evaluation_in_the_middle_of_training_changes_nothing():
+    def train(*callbacks):
+        model, train = stock_model(), windows(shuffle=True, seed=1)
+        callbacks = [ResetStates(train), *(callback(train) for callback in callbacks)]
+        model.fit(train.dataset(), shuffle=False, epochs=2, verbose=0, callbacks=callbacks)
+        return weights_of(model)
+
+    class Evaluate(keras.callbacks.Callback):
+        def __init__(self, train):
+            super().__init__()
+            self.train = train
+
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 7:
+                data = self.train.dataset(evaluation=True)
+                self.model.predict(data, verbose=0, callbacks=[ResetStates(self.train)])
+
+    np.testing.assert_array_equal(train(Evaluate), train())
+
+
+class OwnLanes:
+    """Lanes that somebody made by hand, with new boundaries in every epoch."""
+
+    def __init__(self, windows):
+        self.windows = windows
+
+    @property
+    def starts(self):
+        return self.windows.starts
+
+
+def test_boundaries_of_ones_own_lanes_reset_as_the_windows_do():
+    def train(boundaries):
+        model, train = stock_model(), windows(shuffle=True, seed=1)
+        valid = windows(count=9)
+        callback = ResetStates(boundaries(train), validation=boundaries(valid))
+        data = valid.dataset(evaluation=True)
+        fit(model, train.dataset(), callback, epochs=3, validation_data=data)
+        return [weights_of(model), *get_states(model)]
+
+    for one, other in zip(train(OwnLanes), train(lambda w: w), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_an_array_of_boundaries_serves_every_epoch():
+    def train(boundaries):
+        model, train = stock_model(), windows()
+        arrays = [np.stack(parts) for parts in zip(*train.dataset(), strict=True)]
+        data = tf.data.Dataset.from_tensor_slices(tuple(arrays)) if boundaries else train.dataset()
+        callback = ResetStates(train.starts if boundaries else train)
+        fit(model, data, callback, epochs=3)
+        return weights_of(model)
+
+    np.testing.assert_array_equal(train(True), train(False))
 
 
 def test_a_refused_training_has_not_begun():

@@ -1,5 +1,8 @@
+import copy
 import gc
 import itertools
+import pickle
+import threading
 import weakref
 
 import keras
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from toys import random_documents, random_labels, token_model
 
 from keras_tbptt import DocumentWindows
+from keras_tbptt import documents as forms
 
 
 def batches(windows, **kwargs):
@@ -226,6 +230,79 @@ def test_every_form_of_documents_gives_the_same_batches(tmp_path):
         )
 
 
+def padded(documents, padding="post"):
+    longest = max(map(len, documents))
+    dtype = documents[0].dtype
+    return keras.utils.pad_sequences(documents, longest, padding=padding, dtype=dtype)
+
+
+@pytest.mark.parametrize("features", [None, 3])
+@pytest.mark.parametrize("to", [np.asarray, tf.constant, np.ndarray.tolist])
+def test_padded_arrays_with_lengths_give_the_same_batches(features, to):
+    documents = random_documents(features=features)
+    documents[3][-1] = documents[4][0] = 0  # real zeros
+    targets = [d * 2 for d in documents]
+    lengths = [len(d) for d in documents]
+    dense, dense_targets = to(padded(documents)), to(padded(targets))
+    for y, dense_y, per_step in (
+        (random_labels(), random_labels(), False),
+        (targets, dense_targets, True),
+    ):
+        one = DocumentWindows(documents, y, window=5, lanes=4, per_step=per_step)
+        other = DocumentWindows(
+            dense, dense_y, lengths=lengths, window=5, lanes=4, per_step=per_step
+        )
+        keras.tree.map_structure(
+            np.testing.assert_array_equal, batches(other, flags=True), batches(one, flags=True)
+        )
+
+
+@pytest.mark.parametrize("padding", ["pre", "post"])
+@pytest.mark.parametrize("features", [None, 3])
+@pytest.mark.parametrize("to", [np.asarray, tf.constant, tf.data.Dataset.from_tensor_slices])
+def test_a_padded_array_without_lengths_is_refused(padding, features, to):
+    documents = random_documents(features=features)
+    assert min(map(len, documents)) < max(map(len, documents))
+    with pytest.raises(ValueError, match=r"(?s)`lengths`.*list of unpadded.*np.full.*Received: "):
+        DocumentWindows(to(padded(documents, padding)), window=5, lanes=4)
+
+
+def test_one_padded_series_among_many_is_refused():
+    series = np.ones((100, 30), "float32")
+    series[40, 29] = 0
+    with pytest.raises(ValueError, match=r"`lengths`.*Received: documents of shape"):
+        DocumentWindows(series, window=5, lanes=4)
+
+
+def test_zeros_may_be_real():
+    dense = np.array([[0, 3, 0], [1, 0, 2]])
+    windows = DocumentWindows(dense, lengths=np.full(2, 3), window=2, lanes=2)
+    assert sorted(map(list, rejoin(windows))) == [[0, 3, 0], [1, 0, 2]]
+    windows = DocumentWindows(list(dense), window=2, lanes=2)
+    assert sorted(map(list, rejoin(windows))) == [[0, 3, 0], [1, 0, 2]]
+    for dense in ([[1, 0, 2], [3, 0, 4]], [[0], [1]]):  # in the middle; documents of one step
+        assert DocumentWindows(np.array(dense), window=2, lanes=2).num_steps == np.size(dense)
+
+
+@pytest.mark.parametrize(
+    ("documents", "arguments", "message"),
+    [
+        (np.ones((2, 3), int), {"lengths": [3, 4]}, "from 1 to 3"),
+        (np.ones((2, 3), int), {"lengths": [3, 0]}, "from 1 to 3"),
+        (np.ones((2, 3), int), {"lengths": [3]}, "one integer per document"),
+        (np.ones((2, 3), int), {"lengths": [1, 2, 3]}, "one integer per document"),
+        (np.ones((2, 3), int), {"lengths": [1.5, 2]}, "one integer per document"),
+        (np.ones((2, 3), int), {"lengths": [3, 3], "offsets": [0, 1, 2]}, "not both"),
+        ([[1, 2], [3]], {"lengths": [2, 1]}, "one padded array"),
+        (tf.ragged.constant([[1, 2], [3]]), {"lengths": [2, 1]}, "one padded array"),
+        (np.array([[0, 1], [1, 2]]), {"lengths": [1, 2]}, 'padding="post"'),
+    ],
+)
+def test_lengths_that_cannot_be_right_are_refused(documents, arguments, message):
+    with pytest.raises(ValueError, match=rf"(?s){message}.*Received: "):
+        DocumentWindows(documents, window=2, lanes=2, **arguments)
+
+
 def test_features_and_targets_per_step():
     documents = random_documents(features=3)
     targets = [d.sum(axis=1, keepdims=True) for d in documents]
@@ -236,6 +313,50 @@ def test_features_and_targets_per_step():
         np.testing.assert_allclose((x["inputs"].sum(-1) - y[..., 0])[real], 0, atol=1e-6)
         np.testing.assert_array_equal(weight[real], 1)
         assert not weight[x["lengths"] == 0].any() and not weight[~real].any()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "float64"])
+def test_targets_in_a_file_stay_there(dtype, tmp_path):
+    documents = random_documents()
+    offsets = np.cumsum([0, *map(len, documents)])
+    flat = np.concatenate(documents)
+    mapped = np.memmap(tmp_path / "targets", dtype=dtype, mode="w+", shape=flat.shape)
+    mapped[:] = flat * 2
+    arguments = dict(offsets=offsets, per_step=True, window=5, lanes=4)
+    windows = DocumentWindows(flat, mapped, **arguments)
+    assert np.shares_memory(windows._targets, mapped)
+    one, other = windows, DocumentWindows(flat, np.array(mapped), **arguments)
+    keras.tree.map_structure(
+        np.testing.assert_array_equal, batches(one, flags=True), batches(other, flags=True)
+    )
+    y, expected = one.whole([3, 5])[2], other.whole([3, 5])[2]
+    np.testing.assert_array_equal(y, expected)
+    assert y.dtype == expected.dtype == ("float32" if dtype == "float64" else "int32")
+
+
+def test_every_target_in_a_file_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(forms, "_CHUNK", 4)
+    mapped = np.memmap(tmp_path / "targets", dtype="float64", mode="w+", shape=(10,))
+    mapped[9] = np.inf
+    with pytest.raises(ValueError, match=r"(?s)`labels` must be finite.*Received: inf at row 9"):
+        DocumentWindows(np.ones(10, int), mapped, offsets=[0, 10], per_step=True, window=5, lanes=1)
+
+
+@pytest.mark.parametrize(
+    ("documents", "labels", "message"),
+    [
+        (np.array([2**32 + 5, 1]), [0], "`documents`.*int32.*4294967301"),
+        ([[2**32 + 5, 1]], [0], "`documents`.*int32.*4294967301"),
+        ([[1]], [2**31], "`labels`.*int32.*2147483648"),
+        ([[1]], np.array([2**31], "uint32"), "`labels`.*int32.*2147483648"),
+        ([[1]], [1e39], "`labels`.*float32.*1e.39"),
+        ([[1e39]], [1], "`documents`.*float32.*1e.39"),
+    ],
+)
+def test_numbers_that_a_batch_cannot_hold_are_refused(documents, labels, message):
+    offsets = [0, 2] if isinstance(documents, np.ndarray) else None
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        DocumentWindows(documents, labels, offsets=offsets, window=2, lanes=1)
 
 
 def test_labels_may_be_vectors_and_a_dict_of_outputs():
@@ -277,6 +398,52 @@ def test_the_plan_shows_the_coming_epoch_and_a_peek_does_not_end_it():
     read = np.stack([x["starts"] for (x,) in batches(windows, flags=True)])
     np.testing.assert_array_equal(read, starts)
     assert windows.epoch == 1 and not np.array_equal(windows.starts, starts)
+
+
+def wait_until_all_are_read(windows, monkeypatch):
+    """Returns a function that waits until the input pipeline has read an epoch's last window."""
+    done, read = threading.Event(), windows._read
+
+    def watch(epoch, step):
+        result = read(epoch, step)
+        if step == len(windows) - 1:
+            done.set()
+        return result
+
+    monkeypatch.setattr(windows, "_read", watch)
+    return lambda: done.wait(30)
+
+
+@pytest.mark.parametrize("flags", [False, True])
+@pytest.mark.parametrize(("count", "used"), [(20, 14), (20, 19), (5, 1)])
+def test_windows_that_nobody_has_used_do_not_end_an_epoch(flags, count, used, monkeypatch):
+    windows = DocumentWindows([[1]] * count, [0] * count, window=1, lanes=1)
+    wait = wait_until_all_are_read(windows, monkeypatch)
+    batches = iter(windows.dataset(flags=flags))
+    for _ in range(used):
+        next(batches)
+    assert wait() and windows.epoch == 0
+    for _ in range(count - used):
+        assert windows.epoch == 0
+        next(batches)
+    assert windows.epoch == 1
+
+
+def test_an_epoch_of_one_window_ends_with_it():
+    windows = DocumentWindows([[1]], [0], window=1, lanes=1)
+    for epoch in range(3):
+        assert windows.epoch == epoch
+        next(iter(windows.dataset(flags=True)))
+
+
+def test_a_map_behind_the_dataset_takes_one_window_at_a_time(monkeypatch):
+    windows = DocumentWindows([[1]] * 5, [0] * 5, window=1, lanes=1)
+    wait = wait_until_all_are_read(windows, monkeypatch)
+    mapped = windows.dataset().map(lambda x, y, weight: (x, y + 1, weight))
+    batches = iter(mapped)
+    for _ in range(4):
+        next(batches)
+    assert wait() and windows.epoch == 0 and mapped.cardinality() == 5
 
 
 def test_lanes_finish_together():
@@ -322,6 +489,20 @@ def test_bad_input_gets_one_sentence(change, message):
         DocumentWindows(**{**arguments, **change})
 
 
+@pytest.mark.parametrize(
+    ("labels", "arguments", "message"),
+    [
+        ([0, 1], {"flags": True}, "leave out `evaluation`"),
+        ([0, 1], {"window_loss": "final_only"}, "leave out `window_loss`"),
+        (None, {}, "needs labels"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_right_is_refused(labels, arguments, message):
+    windows = DocumentWindows([[1, 2], [3]], labels, window=2, lanes=2)
+    with pytest.raises(ValueError, match=rf"(?s){message}.*Received: "):
+        windows.dataset(evaluation=True, **arguments)
+
+
 def test_windows_cannot_be_shuffled():
     windows = DocumentWindows([[1, 2], [3]], [0, 1], window=2, lanes=2)
     with pytest.raises(ValueError, match="Shuffle documents instead"):
@@ -345,6 +526,30 @@ def test_a_dataset_keeps_its_documents_and_lets_go_of_them(flags):
     del dataset
     gc.collect()
     assert there() is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w))])
+def test_copied_windows_give_the_same_batches(copied, tmp_path):
+    documents = random_documents()
+    mapped = np.memmap(
+        tmp_path / "tokens", dtype="uint16", mode="w+", shape=sum(map(len, documents))
+    )
+    mapped[:] = np.concatenate(documents)
+    windows = DocumentWindows(
+        mapped, random_labels(), offsets=np.cumsum([0, *map(len, documents)]),
+        window=5, mean_window=4, lanes=4, shuffle=True,
+    )  # fmt: skip
+    batches(windows)
+    other = copied(windows)
+    assert other.epoch == windows.epoch == 1 and other.fingerprint == windows.fingerprint
+    for _ in range(2):
+        keras.tree.map_structure(
+            np.testing.assert_array_equal,
+            batches(other, flags=True),
+            batches(windows, flags=True),
+        )
+    batches(other)
+    assert (windows.epoch, other.epoch) == (3, 4)
 
 
 def test_whole_documents_end_together():
