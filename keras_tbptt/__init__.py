@@ -1,12 +1,12 @@
 """Truncated backpropagation through time for Keras and TensorFlow."""
 
-from keras import config as _config
+from keras import backend as _backend
 
-if _config.backend() != "tensorflow":
+if _backend.backend() != "tensorflow":
     raise ImportError(
         "keras_tbptt runs on Keras's TensorFlow backend: set the environment variable "
         "KERAS_BACKEND=tensorflow before keras is imported. "
-        f"Received: KERAS_BACKEND={_config.backend()}"
+        f"Received: KERAS_BACKEND={_backend.backend()}"
     )
 
 from keras_tbptt import client, diagnostics, layers, losses, optimizers, state, text
