@@ -41,10 +41,11 @@ class DocumentWindows:
             `(document, label)`; or, with `offsets`, one flat array `[sum of T]` or
             `[sum of T, F]`, which may be a `numpy.memmap`. Id 0 is padding to
             `Embedding(mask_zero=True)`.
-        labels: One label per document: an array `[documents, ...]` (binary, class id, vector
-            or regression), or a dict of those for a model with a dict of outputs. With
-            `per_step=True` one target array `[T, ...]` per document, in the form that
-            `documents` has. None where nothing is to be learnt.
+        labels: One label per document: an array `[documents, ...]` (binary, class index, vector
+            or regression). With `per_step=True` one target array `[T, ...]` per document, in the
+            form of `documents`. For a model with several outputs, a dict of these, or for a list of
+            outputs a tuple of these: a list has one entry per document. Defaults to None: the
+            windows are for prediction.
         window: int >= 1, steps in a window (K).
         lanes: int >= 1, rows in a batch. More lanes than documents leaves lanes idle.
         packing: `"packed"` or `"aligned"`.
@@ -130,7 +131,7 @@ class DocumentWindows:
         values, self._offsets = forms.flatten(documents, offsets, lengths)
         if offsets is None:
             forms.check_padding(documents, lengths)
-        forms.check_values(values, "documents", least=0)
+        forms.check_values(values, "documents", ids=True)
         self._values = _kept(values)
         self._filler = forms.first_nonzero(self._values, self._offsets[0])
         steps = np.diff(self._offsets)
@@ -138,10 +139,13 @@ class DocumentWindows:
             take = functools.partial(_targets, steps, offsets, lengths)
         else:
             take = functools.partial(_labels, steps)
+        rows = len(steps) if offsets is None or not per_step else len(values)
         if isinstance(labels, Mapping):
             self._targets = {
                 name: take(value, f"labels[{name!r}]") for name, value in labels.items()
             }
+        elif _is_per_output(labels, rows):
+            self._targets = tuple(take(value, f"labels[{i}]") for i, value in enumerate(labels))
         else:
             self._targets = None if labels is None else take(labels, "labels")
         self._weights = _weights(weights, len(steps))
@@ -412,16 +416,41 @@ def _padded(values: np.ndarray, position: np.ndarray, real: np.ndarray) -> np.nd
     return rows
 
 
+def _is_per_output(labels: Any, rows: int) -> bool:
+    """Whether a tuple holds an array for each output, and not a label for each document."""
+    if not isinstance(labels, (list, tuple)) or not labels:
+        return False
+    if not all(_rows(entry) == rows for entry in labels):
+        return False
+    if isinstance(labels, list) and len(labels) != rows:
+        raise ValueError(
+            "A list of labels has one entry per document. For a model with a list of outputs give "
+            f"a tuple of arrays. Received: a list of {len(labels)} arrays, each with {rows} rows"
+        )
+    return isinstance(labels, tuple)
+
+
+def _rows(entry: Any) -> int | None:
+    """The number of rows of an array, a tensor or a list; None for a scalar or a string."""
+    if isinstance(entry, (list, tuple)):
+        return len(entry)
+    return next(iter(getattr(entry, "shape", ())), None)
+
+
 def _labels(steps: np.ndarray, labels: Any, name: str) -> np.ndarray:
     """One label per document, `[documents, ...]`."""
-    labels = np.array(labels)
+    array = forms.as_array(labels)
+    if array is None:
+        raise ValueError(
+            f"`{name}` must have one label per document, all of one shape. For a target per step "
+            f"give per_step=True. Received: {name} of different lengths"
+        )
+    labels = np.array(array)  # a copy, because the caller may change the original
     if labels.ndim == 0 or len(labels) != len(steps):
         raise ValueError(
             f"`{name}` must have one label per document ({len(steps)} documents). "
             f"Received: labels of shape {labels.shape}"
         )
-    if labels.dtype.kind not in "biuf":
-        raise ValueError(f"`{name}` must be finite numbers. Received: dtype={labels.dtype}")
     forms.check_values(labels, name)
     return forms.narrow(labels)
 
