@@ -1,4 +1,4 @@
-"""The forms in which documents arrive -> one flat array and offsets, checked."""
+"""Converts every form of documents to one flat array with offsets, and checks it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-# Elements looked at together, so that checking a memmap never reads it into memory whole.
+# Elements checked at a time, because a memmap may be larger than memory.
 _CHUNK = 1 << 22
 _INT32 = np.iinfo("int32")
 
@@ -269,7 +269,7 @@ def fingerprint(arrays: Iterable[np.ndarray]) -> str:
 
 
 def first_nonzero(values: np.ndarray, default: int) -> int:
-    """The first row that is not all zeros, or `default` where there is none.
+    """The first row that is not all zeros, or `default` if there is none.
 
     Args:
         values: `[rows, ...]`.

@@ -181,7 +181,7 @@ def test_a_batch_holds_what_its_docstring_says():
     )
     (x0, y0, w0), (x1, _, w1) = batches(windows, flags=True)
     assert len(windows) == 2 and windows.num_steps == 5
-    assert windows.packing_efficiency == 5 / 12
+    assert windows.packing_efficiency == 5 / 12 and windows.batch_shape == x0["inputs"].shape
     np.testing.assert_array_equal(x0["inputs"], [[3, 1], [1, 5], [3, 0]])  # the third lane is idle
     np.testing.assert_array_equal(x1["inputs"], [[4, 0], [3, 0], [3, 0]])
     np.testing.assert_array_equal(x0["starts"], [True, True, False])
@@ -308,7 +308,11 @@ def test_features_and_targets_per_step():
     targets = [d.sum(axis=1, keepdims=True) for d in documents]
     windows = DocumentWindows(documents, targets, per_step=True, window=5, lanes=4)
     for x, y, weight in batches(windows, flags=True):
-        assert x["inputs"].shape == (4, 5, 3) and y.shape == (4, 5, 1) and weight.shape == (4, 5)
+        assert (
+            x["inputs"].shape == windows.batch_shape == (4, 5, 3)
+            and y.shape == (4, 5, 1)
+            and weight.shape == (4, 5)
+        )
         real = np.arange(5) < x["lengths"][:, None]
         np.testing.assert_allclose((x["inputs"].sum(-1) - y[..., 0])[real], 0, atol=1e-6)
         np.testing.assert_array_equal(weight[real], 1)
