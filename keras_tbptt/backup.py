@@ -197,6 +197,10 @@ class ExactBackup(keras.callbacks.Callback):
         """Ends validation."""
         self._validating = False
 
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Notes the weights, which the end of training may replace."""
+        self._weights = self.model.get_weights()
+
     def on_train_end(self, logs: Any = None) -> None:
         """Saves the end, so that the same `fit` does nothing when it is called again."""
         self._signals.restore()
@@ -305,6 +309,13 @@ class ExactBackup(keras.callbacks.Callback):
                 f"Received: epochs={self.params['epochs']}, {path}"
             )
         self._warn_of_optimizer(about)
+        if about["replaced"] and not about["stopped"] and epochs < self.params["epochs"]:
+            warnings.warn(
+                "The end of the run replaced the weights, as EarlyStopping(restore_best_weights="
+                "True) does. Training continues from the new ones, so the run differs from an "
+                f"uninterrupted one. Received: {path}, epochs={self.params['epochs']}",
+                stacklevel=2,
+            )
         missing = self._matched(about)[1]
         if missing:
             warnings.warn(
@@ -443,6 +454,7 @@ class ExactBackup(keras.callbacks.Callback):
             "window": self._window,
             "ended": ended,
             "stopped": bool(self.model.stop_training),
+            "replaced": ended and not self._has_weights(self._weights),
             "windows_epoch": self._epoch + self._ahead,
             "belongs_to": self._belongs_to,
             "optimizer": self._optimizer,
@@ -460,6 +472,9 @@ class ExactBackup(keras.callbacks.Callback):
         finally:
             self._took = time.monotonic() - began
             self._saved_at, self._saved_windows = time.monotonic(), self._done
+
+    def _has_weights(self, weights: list[np.ndarray]) -> bool:
+        return all(map(np.array_equal, self.model.get_weights(), weights))
 
     def _explain(self, what: str) -> None:
         """Names the cause of what is not finite, and restores the last checkpoint."""

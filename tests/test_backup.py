@@ -197,6 +197,19 @@ def test_the_other_callbacks_of_the_fit_are_resumed_too(stock, tmp_path):
     assert_same(whole, stopped)
 
 
+def test_more_epochs_after_the_best_weights_are_warned_of(tmp_path):
+    def best():  # which is always the first epoch
+        stop = keras.callbacks.EarlyStopping(
+            "loss", min_delta=99, patience=99, restore_best_weights=True
+        )
+        return [stop]
+
+    Training(tmp_path).fit(epochs=2, before=best())
+    Training(tmp_path).fit(epochs=2, before=best())
+    with pytest.warns(UserWarning, match=r"replaced the weights.*Received: .*epochs=3"):
+        Training(tmp_path).fit(epochs=3, before=best())
+
+
 class Counter(keras.callbacks.Callback):
     """Counts windows and epochs; the first argument is no memory."""
 
@@ -550,7 +563,7 @@ def test_an_epoch_of_other_steps_is_refused(tmp_path):
 
 
 def test_all_steps_of_an_epoch_may_be_given(tmp_path):
-    # So few windows that they are all read ahead, with the end of the epoch.
+    # There are six windows, which are all read ahead of training.
     data = {"count": 7, "lanes": 4}
     pieces_of, whole_of = begin("a", tmp_path, **data)
     whole = Training(whole_of, **data).fit()
