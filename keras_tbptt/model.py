@@ -542,7 +542,8 @@ class TBPTTModel(keras.Model):
             config: From `get_compile_config`.
         """
         self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
+        if not self.optimizer.built:
+            self.optimizer.build(self.trainable_variables)
 
     def get_config(self) -> dict[str, Any]:
         """The model's configuration, for `from_config` and `.keras` files."""

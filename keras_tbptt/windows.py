@@ -51,7 +51,8 @@ class DocumentWindows:
         packing: `"packed"` or `"aligned"`. Defaults to `"packed"`.
         shuffle: bool. Whether the documents take a new order in every epoch. Defaults to False.
         seed: int >= 0. Defaults to None: it is drawn from Python's `random`, which
-            `keras.utils.set_random_seed` seeds.
+            `keras.utils.set_random_seed` seeds. `ExactBackup` replaces a drawn seed with the seed
+            of the checkpoint when it resumes.
         weights: Optional floats `[documents]` >= 0. How much each document counts. Defaults to 1.
         offsets: Optional ints `[documents + 1]`: document i is
             `documents[offsets[i]:offsets[i + 1]]`.
@@ -116,6 +117,7 @@ class DocumentWindows:
         self.packing = packing
         self.shuffle = bool(shuffle)
         self.seed = random.randint(0, 2**31 - 1) if seed is None else _at_least("seed", seed, 0)
+        self._seed_drawn = seed is None
         self.per_step = bool(per_step)
         self.mean_window, self.stretch = mean_window, stretch
         if mean_window is not None and 1.25 * _at_least("mean_window", mean_window, 2) > window:

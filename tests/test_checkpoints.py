@@ -30,6 +30,14 @@ def test_what_was_written_is_read(tmp_path):
     np.testing.assert_array_equal(about["a"], np.arange(7))
 
 
+@pytest.mark.parametrize("value", [0.5, np.float32(0.5), np.int64(7), np.bool_(True), float("inf")])
+def test_a_number_stays_a_number(value, tmp_path):
+    directory = CheckpointDirectory(tmp_path, keep=1)
+    path = directory.write("one", variables(7), {"value": [value]})
+    (read,) = directory.read_about(path)["value"]
+    assert type(read) is type(value) and read == value
+
+
 def test_the_last_few_stay(tmp_path):
     directory = CheckpointDirectory(tmp_path, keep=2)
     for value in range(4):
