@@ -11,8 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.state import explicit_state, initial_states, seed_variables
-from keras_tbptt.windows import DocumentWindows
 
 # Documents that are read side by side: their states at all steps are kept in memory.
 _ROWS = 64

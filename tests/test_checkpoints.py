@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_tbptt.checkpoints import CheckpointDirectory, DamagedCheckpointError
+from keras_tbptt.callbacks._checkpoints import CheckpointDirectory, DamagedCheckpointError
 
 FILES = ["SHA256SUMS", "about.json", "arrays.npz", "variables.data-00000-of-00001"]
 FILES.append("variables.index")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from toys import random_documents, random_labels, token_layers, token_model
 
 from keras_tbptt import DocumentWindows, TBPTTModel
-from keras_tbptt import documents as forms
+from keras_tbptt.data import _documents as forms
 
 
 def batches(windows, **kwargs):

@@ -15,14 +15,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tbptt import _identity as identity
 from keras_tbptt._keras import set_initial_epoch, sibling_callbacks
-from keras_tbptt.checkpoints import CheckpointDirectory, DamagedCheckpointError
+from keras_tbptt.callbacks import _identity as identity
+from keras_tbptt.callbacks._checkpoints import CheckpointDirectory, DamagedCheckpointError
+from keras_tbptt.callbacks._nonfinite import all_finite, find_cause
+from keras_tbptt.callbacks._signals import DeferredSignals
+from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.model import TBPTTModel
-from keras_tbptt.nonfinite import all_finite, find_cause
-from keras_tbptt.signals import DeferredSignals
 from keras_tbptt.state import seed_variables, state_variables, stateful_layers
-from keras_tbptt.windows import DocumentWindows
 
 # The share of the time since the last save that a save may take.
 _SHARE = 0.03

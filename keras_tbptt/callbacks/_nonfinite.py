@@ -8,9 +8,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.model import TBPTTModel
 from keras_tbptt.state import preserve_states, reset_states, state_variables
-from keras_tbptt.windows import DocumentWindows
 
 
 def all_finite(variables: Iterable[tf.Variable]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_tbptt.windows import DocumentWindows
+from keras_tbptt.data.windows import DocumentWindows
 
 _OF_WINDOWS = ("window", "lanes", "packing", "shuffle", "seed", "mean_window", "stretch")
 _COMPILED = ("loss", "loss_weights", "metrics", "weighted_metrics")

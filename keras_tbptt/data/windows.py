@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_tbptt import documents as forms
+from keras_tbptt.data import _documents as forms
+from keras_tbptt.data._packing import IDLE, PACKINGS, Plan
 from keras_tbptt.losses import check_window_loss, window_weights
-from keras_tbptt.packing import IDLE, PACKINGS, Plan
 
 
 class DocumentWindows:
