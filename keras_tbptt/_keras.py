@@ -27,6 +27,26 @@ def calls(operation: Any) -> list[list[keras.KerasTensor]]:
     return [list(node.input_tensors) for node in operation._inbound_nodes]
 
 
+def producer(tensor: keras.KerasTensor) -> Any:
+    """The layer, model or operation that a symbolic tensor is an output of.
+
+    Args:
+        tensor: A symbolic tensor of a functional model.
+    """
+    return tensor._keras_history.operation
+
+
+def seeds_by_layer(model: keras.Model) -> list[keras.Variable]:
+    """The states of random generators in the order of files that version 0.1 saved.
+
+    Args:
+        model: A built model.
+    """
+    generators = [g for layer in model._flatten_layers() for g in layer._seed_generators]
+    # A generator shared by two layers is listed by both.
+    return list({id(g.state): g.state for g in generators}.values())
+
+
 def set_mask(tensor: tf.Tensor, mask: tf.Tensor) -> None:
     """Attaches a mask to a tensor, for the layers that take the tensor next.
 
@@ -103,3 +123,27 @@ class _Epoch(int):
 
     def __bool__(self) -> bool:
         return True
+
+
+class OpenAdam(keras.optimizers.Adam):
+    """Adam whose slots and clipping a subclass can use."""
+
+    def slots(self, variable: Any) -> tuple[keras.Variable, keras.Variable]:
+        """Momentum and velocity of a variable.
+
+        Args:
+            variable: One of the variables that the optimizer was built for.
+        """
+        index = self._get_variable_index(variable)
+        return self._momentums[index], self._velocities[index]
+
+    def clip(self, gradients: list[Any]) -> list[Any]:
+        """Clips gradients as `clipnorm`, `global_clipnorm` or `clipvalue` says.
+
+        Args:
+            gradients: Tensors.
+        """
+        return super()._clip_gradients(gradients)
+
+    def _clip_gradients(self, grads: list[Any]) -> list[Any]:
+        return self.clip(grads)

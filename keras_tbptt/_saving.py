@@ -9,7 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_tbptt.state import seed_variables, state_variables
+from keras_tbptt import _keras
+from keras_tbptt.state import seed_variables, state_variables, stateful_layers
 
 
 class SavesStates(keras.Model):
@@ -69,6 +70,8 @@ class SavesStates(keras.Model):
         if not states:
             return
         carried = self._carried()
+        if states.keys() <= (old := self._carried_in_0_1()).keys():
+            carried = old
         expected = {name: tuple(variable.shape) for name, variable in carried.items()}
         received = {name: value.shape for name, value in states.items()}
         if expected != received:
@@ -92,5 +95,16 @@ class SavesStates(keras.Model):
 
     def _carried(self) -> dict[str, keras.Variable]:
         """What `save` includes on request, by the names in the file."""
-        kinds = {"state": state_variables(self), "seed": seed_variables(self)}
+        named: dict[str, keras.Variable] = {}
+        for layer in stateful_layers(self):
+            # By the layer's name: a variable's path is another after loading, where a nested
+            # Sequential was built by its first call.
+            for variable in keras.tree.flatten(layer.states):
+                prefix = f"state.{layer.name}."
+                named[f"{prefix}{sum(name.startswith(prefix) for name in named)}"] = variable
+        return named | {f"generator.{i}": v for i, v in enumerate(seed_variables(self))}
+
+    def _carried_in_0_1(self) -> dict[str, keras.Variable]:
+        """The same, by the names in files of version 0.1."""
+        kinds = {"state": state_variables(self), "seed": _keras.seeds_by_layer(self)}
         return {f"{kind}_{i}": v for kind, found in kinds.items() for i, v in enumerate(found)}

@@ -269,8 +269,8 @@ def _walk(model: keras.Model, documents: DocumentWindows) -> Callable:
 
     def read(steps, real, index, states):
         # Keras refuses a number of steps other than the model's own only where it can see it.
-        step = tf.compat.v1.placeholder_with_default(
-            steps[:, index : index + 1], [None, None, *steps.shape[2:]]
+        step = tf.raw_ops.PlaceholderWithDefault(
+            input=steps[:, index : index + 1], shape=[None, None, *steps.shape[2:]]
         )
         seeds = [variable.value for variable in seed_variables(model)]  # with these it is pure
         outputs, new_states = call(tf.cast(step, model.inputs[0].dtype), states, seeds=seeds)
