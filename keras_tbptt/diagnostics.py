@@ -11,8 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.state import explicit_state, initial_states, seed_variables
-from keras_tbptt.windows import DocumentWindows
 
 # Documents that are read side by side: their states at all steps are kept in memory.
 _ROWS = 64
@@ -269,8 +269,8 @@ def _walk(model: keras.Model, documents: DocumentWindows) -> Callable:
 
     def read(steps, real, index, states):
         # Keras refuses a number of steps other than the model's own only where it can see it.
-        step = tf.compat.v1.placeholder_with_default(
-            steps[:, index : index + 1], [None, None, *steps.shape[2:]]
+        step = tf.raw_ops.PlaceholderWithDefault(
+            input=steps[:, index : index + 1], shape=[None, None, *steps.shape[2:]]
         )
         seeds = [variable.value for variable in seed_variables(model)]  # with these it is pure
         outputs, new_states = call(tf.cast(step, model.inputs[0].dtype), states, seeds=seeds)

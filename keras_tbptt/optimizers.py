@@ -8,9 +8,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_tbptt._keras import OpenAdam
+
 
 @keras.saving.register_keras_serializable(package="keras_tbptt")
-class LazyAdam(keras.optimizers.Adam):
+class LazyAdam(OpenAdam):
     """Adam that leaves the rows of an embedding alone while their words are not read.
 
     Adam moves every row of an embedding at every step, since the momentum of a word that was read
@@ -50,12 +52,11 @@ class LazyAdam(keras.optimizers.Adam):
         if not isinstance(gradient, tf.IndexedSlices):
             super().update_step(gradient, variable, learning_rate)
             return
-        if self._distribution_strategy.num_replicas_in_sync > 1:
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
             gradient = sum_slices(gradient)  # replicas may have read the same words
-        index = self._get_variable_index(variable)
         dtype, rows = variable.dtype, gradient.indices
         values = tf.cast(gradient.values, dtype)
-        momentum, velocity = self._momentums[index].value, self._velocities[index].value
+        momentum, velocity = (slot.value for slot in self.slots(variable))
 
         step = tf.cast(self.iterations + 1, dtype)
         beta_1, beta_2 = tf.cast(self.beta_1, dtype), tf.cast(self.beta_2, dtype)
@@ -67,13 +68,18 @@ class LazyAdam(keras.optimizers.Adam):
         velocity.scatter_update(tf.IndexedSlices(v, rows))
         variable.scatter_sub(tf.IndexedSlices(rate * m / (tf.sqrt(v) + self.epsilon), rows))
 
-    def _clip_gradients(self, grads: Sequence[Any]) -> list[Any]:
+    def clip(self, gradients: Sequence[Any]) -> list[Any]:
+        """Clips gradients, for Keras: slices of the same row by their sum.
+
+        Args:
+            gradients: Tensors or `tf.IndexedSlices`.
+        """
         # Keras would make slices dense, or clip by the norm of a word's several slices.
-        grads = [sum_slices(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]
-        clipped = super()._clip_gradients([_values(g) for g in grads])
+        summed = [sum_slices(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients]
+        clipped = super().clip([_values(g) for g in summed])
         return [
             tf.IndexedSlices(c, g.indices, g.dense_shape) if isinstance(g, tf.IndexedSlices) else c
-            for g, c in zip(grads, clipped, strict=True)
+            for g, c in zip(summed, clipped, strict=True)
         ]
 
 

@@ -88,9 +88,8 @@ def seed_variables(model: keras.Model) -> list[keras.Variable]:
     Returns:
         Integer variables, each once.
     """
-    # A generator shared by two layers is listed by both.
-    generators = [g for layer in model._flatten_layers() for g in layer._seed_generators]
-    return list({id(g.state): g.state for g in generators}.values())
+    weights = {id(weight) for weight in model.weights}
+    return [variable for variable in model.variables if id(variable) not in weights]
 
 
 def initial_states(model: keras.Model, lanes: int | tf.Tensor | None = None) -> list[tf.Tensor]:
@@ -243,7 +242,7 @@ def _any_rows(tensor: tf.Tensor | None) -> tf.Tensor | None:
     tensor = tf.convert_to_tensor(tensor)
     if tensor.shape[0] is None:
         return tensor
-    return tf.compat.v1.placeholder_with_default(tensor, [None, *tensor.shape[1:]])
+    return tf.raw_ops.PlaceholderWithDefault(input=tensor, shape=[None, *tensor.shape[1:]])
 
 
 def call_masked(model: keras.Model, inputs: Any, training: bool, mask: tf.Tensor | None) -> Any:

@@ -16,7 +16,7 @@ import tensorflow as tf
 from toys import VOCAB, compiled, random_documents, token_layers, token_model
 
 import keras_tbptt
-from keras_tbptt.serving import document_reader
+from keras_tbptt.serving._signatures import document_reader
 from keras_tbptt.text import encode, make_vectorizer
 
 TEXTS = ["good film " * 9, "bad", "", "a b c d e f g h i j k", "good"]

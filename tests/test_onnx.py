@@ -6,7 +6,7 @@ import pytest
 from toys import random_documents, token_model
 
 import keras_tbptt
-from keras_tbptt.serving import StreamState
+from keras_tbptt.serving._signatures import StreamState
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("tf2onnx")

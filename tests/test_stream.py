@@ -5,7 +5,7 @@ import tensorflow as tf
 from toys import VOCAB, random_documents, token_layers, token_model
 
 import keras_tbptt
-from keras_tbptt.serving import signatures
+from keras_tbptt.serving._signatures import signatures
 from keras_tbptt.text import encode, make_vectorizer
 
 L = keras.layers

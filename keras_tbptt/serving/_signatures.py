@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_tbptt import _keras
 from keras_tbptt.state import explicit_state, initial_states, state_variables
 from keras_tbptt.text import WORDLESS, standardize
 
@@ -301,7 +302,7 @@ def output_names(model: keras.Model, taken: Collection[str]) -> list[str]:
         ValueError: If two outputs have one name, an output has none, or a name is taken.
     """
     outputs = keras.tree.flatten(model.output)
-    activation = getattr(outputs[0]._keras_history.operation, "activation", None)
+    activation = getattr(_keras.producer(outputs[0]), "activation", None)
     if len(outputs) == 1 and getattr(activation, "__name__", "") in ("sigmoid", "softmax"):
         return ["probability"]
     names = sorted(model.output) if isinstance(model.output, dict) else model.output_names

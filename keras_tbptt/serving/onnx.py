@@ -9,7 +9,7 @@ import tempfile
 import keras
 import tensorflow as tf
 
-from keras_tbptt.serving import output_names, signatures
+from keras_tbptt.serving._signatures import output_names, signatures
 
 _OPSET = 18
 

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tbptt.client import grpc_request, serving_extra
-from keras_tbptt.serving import StreamState, signatures
+from keras_tbptt.serving._signatures import StreamState, signatures
 
 
 def export_saved_model(
