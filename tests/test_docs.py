@@ -1,0 +1,50 @@
+"""The README and the documentation: their examples run, and their map of modules is complete."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted(ROOT.glob("docs/guide/*.md"))]
+# Only what a server or another framework must run is fenced as ```py, and not run here.
+EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)[^)]*\)")
+
+
+def text_of(page):
+    return page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_examples_of_a_page_run_as_one_script(page, tmp_path):
+    examples = EXAMPLE.findall(text_of(page))
+    assert examples
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    run = subprocess.run(
+        [sys.executable, "-c", "\n".join(examples)],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_readme_is_short():
+    readme = text_of(README)
+    assert len(readme.splitlines()) <= 130
+    assert len(readme.split()) <= 900
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "index.md"], ids=lambda page: page.stem)
+def test_the_links_of_the_front_pages_lead_somewhere(page):
+    for link in LINK.findall(text_of(page)):
+        assert (page.parent / link).exists(), link
+
+
+def test_every_module_has_its_place_in_the_design():
+    design = text_of(ROOT / "docs" / "design.md")
+    for path in [*ROOT.glob("keras_tbptt/**/*.py"), *ROOT.glob("experiments/*.py")]:
+        assert path.name == "__init__.py" or f"  {path.name} " in design, path
