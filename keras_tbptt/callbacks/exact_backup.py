@@ -122,7 +122,7 @@ class ExactBackup(keras.callbacks.Callback):
         self._check_steps()
         self._memory = CallbackMemory(sibling_callbacks() or [self], owner=self)
         self._validating = False
-        self._build()
+        _build_variables(self.model, self.windows)
         self._optimizer = identity.optimizer_configs(self.model)
         self._belongs_to = self._identity()
         self._epoch: int | None = None
@@ -221,21 +221,6 @@ class ExactBackup(keras.callbacks.Callback):
                 f"steps_per_epoch, so that an epoch is all {len(self.windows)} windows. "
                 f"Received: steps_per_epoch={steps}"
             )
-
-    def _build(self) -> None:
-        """Makes the variables that Keras would make in the first step."""
-        model = self.model
-        if not model.optimizer.built:  # LossScaleOptimizer would make its variables again
-            model.optimizer.build(model.trainable_variables)
-        read = iter(self.windows.dataset(flags=isinstance(model, TBPTTModel)))
-        epoch = self.windows.epoch
-        _, y, weight = keras.utils.unpack_x_y_sample_weight(next(read))
-        self.windows.epoch = epoch
-        y = _batches.as_outputs(y, weight, model.outputs)
-        y_pred = keras.tree.map_structure(lambda t: tf.zeros(t.shape, t.dtype), model.output)
-        model.compute_loss(x=None, y=y, y_pred=y_pred, sample_weight=weight, training=False)
-        model.compute_metrics(None, y, y_pred, weight)
-        model.reset_metrics()
 
     def _variables(self) -> list[tf.Variable]:
         """The state of training, without learning rates: a new one takes precedence."""
@@ -394,3 +379,18 @@ class ExactBackup(keras.callbacks.Callback):
             f"learning_rate, and resume from there. Received: {what} in epoch {self._epoch + 1}, "
             f"from {cause}; the last checkpoint is {about['path']}"
         )
+
+
+def _build_variables(model: keras.Model, windows: DocumentWindows) -> None:
+    """Makes the variables that Keras would make in the first step."""
+    if not model.optimizer.built:  # LossScaleOptimizer would make its variables again
+        model.optimizer.build(model.trainable_variables)
+    epoch = windows.epoch
+    batch = next(iter(windows.dataset(flags=isinstance(model, TBPTTModel))))
+    windows.epoch = epoch
+    _, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
+    y = _batches.as_outputs(y, weight, model.outputs)
+    y_pred = keras.tree.map_structure(lambda t: tf.zeros(t.shape, t.dtype), model.output)
+    model.compute_loss(x=None, y=y, y_pred=y_pred, sample_weight=weight, training=False)
+    model.compute_metrics(None, y, y_pred, weight)
+    model.reset_metrics()
