@@ -28,7 +28,7 @@ from rich.table import Table
 
 import experiments
 import keras_tbptt
-from keras_tbptt.callbacks.exact_backup import BackupError
+from keras_tbptt.callbacks import BackupError
 
 try:
     import matplotlib

@@ -173,38 +173,6 @@ def _in_rank_of(target: Any, output: keras.KerasTensor) -> Any:
     return target[..., None]
 
 
-def last_real_steps(outputs: Any, symbolic: Any, lengths: tf.Tensor, window: int) -> Any:
-    """Outputs with a time axis at the last real step of each row; others as they are.
-
-    Args:
-        outputs: Tensors `[rows, ...]` or `[rows, window, ...]`.
-        symbolic: The symbolic outputs of the model, in the same order.
-        lengths: int `[rows]`, real steps; 0 counts as 1.
-        window: int, steps in a window.
-
-    Returns:
-        The structure of `outputs`, each `[rows, ...]` without a time axis.
-    """
-    last = tf.maximum(lengths - 1, 0)
-    flat = [
-        tf.gather(tensor, last, axis=1, batch_dims=1) if has_time_axis(output, window) else tensor
-        for tensor, output in zip(
-            keras.tree.flatten(outputs), keras.tree.flatten(symbolic), strict=True
-        )
-    ]
-    return keras.tree.pack_sequence_as(outputs, flat)
-
-
-def has_time_axis(output: keras.KerasTensor, window: int) -> bool:
-    """Whether an output of a model has a value per step.
-
-    Args:
-        output: A symbolic output.
-        window: int, steps in a window.
-    """
-    return len(output.shape) > 2 and output.shape[1] == window
-
-
 def class_weigher(class_weight: Mapping[int, float], spec: tuple) -> Callable:
     """Multiplies the weight of a label's class into a batch's sample weights.
 
@@ -302,7 +270,7 @@ def _check_windows(windows: DocumentWindows, model: keras.Model) -> None:
             f"lanes={expected[0]}, window={expected[1]} and steps of shape {expected[2:]}. "
             f"Received: windows of batch shape {received}"
         )
-    for layer in _embeddings_of_ids(model, model.inputs):
+    for layer in embeddings_of_ids(model, model.inputs):
         if windows.max_id is None or windows.max_id >= layer.input_dim:
             raise ValueError(
                 f"The ids must be integers below the vocabulary of layer {layer.name!r}, "
@@ -324,10 +292,15 @@ def _check_windows(windows: DocumentWindows, model: keras.Model) -> None:
         )
 
 
-def _embeddings_of_ids(
+def embeddings_of_ids(
     model: keras.Model, ids: Sequence[keras.KerasTensor]
 ) -> list[keras.layers.Embedding]:
-    """The embeddings that look up the model's ids as they are, in nested models too."""
+    """The embeddings that look up the model's ids as they are, in nested models too.
+
+    Args:
+        model: A functional model.
+        ids: Its symbolic inputs of ids.
+    """
     known, found = {id(tensor) for tensor in ids}, []
     for layer in model.layers:
         for tensors in _keras.calls(layer):
@@ -336,5 +309,5 @@ def _embeddings_of_ids(
                 found.append(layer)
             elif isinstance(layer, keras.Model) and any(taken):
                 inner = [t for t, is_ids in zip(layer.inputs, taken, strict=True) if is_ids]
-                found += _embeddings_of_ids(layer, inner)
+                found += embeddings_of_ids(layer, inner)
     return found

@@ -13,6 +13,7 @@ from keras_tbptt import _batches
 from keras_tbptt._order import WindowOrder
 from keras_tbptt._saving import SavesStates
 from keras_tbptt._steps import begin_lanes, run_window
+from keras_tbptt._tensors import last_real_steps
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.state import preserve_states, state_variables
 
@@ -114,7 +115,7 @@ class PredictsDocuments(SavesStates):
         """
         x = begin_lanes(self, data[0] if isinstance(data, tuple) else data)
         outputs = run_window(self, x, training=False)
-        return _batches.last_real_steps(outputs, self.outputs, x["lengths"], self.window)
+        return last_real_steps(outputs, self.outputs, x["lengths"], self.window)
 
 
 @contextlib.contextmanager

@@ -265,8 +265,7 @@ class TBPTTModel(PredictsDocuments):
             tf.errors.InvalidArgumentError: If the windows of a lane do not follow each other.
         """
         dataset = _batches.as_dataset(x, self, steps=kwargs.get("steps"))
-        # In `fit` Keras would go on in the middle of the data where `validation_steps` ended.
-        kwargs.pop("_use_cached_eval_dataset", None)
+        kwargs = _keras.without_cached_data(kwargs)
         with without_training(self, x):
             results = super().evaluate(dataset, *args, **kwargs)
         if not _loss_metric(self).count.numpy():

@@ -771,3 +771,24 @@ def test_a_save_that_fails_is_a_warning_until_there_is_no_other(tmp_path, monkey
 def test_bad_arguments_are_refused(argument, tmp_path):
     with pytest.raises(ValueError, match="Received"):
         ExactBackup(tmp_path, **{"windows": windows(), **argument})
+
+
+def test_targets_per_step_without_an_axis_of_one_are_resumed(tmp_path):
+    def fit(folder, *callbacks):
+        keras.utils.set_random_seed(1)
+        tokens = keras.Input(batch_shape=(4, 5), dtype="int32")
+        x = keras.layers.Embedding(40, 6)(tokens)
+        x = keras.layers.LSTM(5, stateful=True, return_sequences=True)(x)
+        model = TBPTTModel(tokens, keras.layers.Dense(1)(x))
+        model.compile("sgd", "mse")
+        documents = random_documents()
+        targets = [np.cos(d) for d in documents]
+        train = DocumentWindows(documents, targets, per_step=True, window=5, lanes=4, seed=0)
+        backup = ExactBackup(folder, train, every_windows=3, every_seconds=None)
+        model.fit(train, epochs=2, verbose=0, callbacks=[backup, *callbacks])
+        return model.get_weights()
+
+    with pytest.raises(Interruption):
+        fit(tmp_path / "pieces", InterruptAt(7))
+    for one, other in zip(fit(tmp_path / "pieces"), fit(tmp_path / "whole"), strict=True):
+        np.testing.assert_array_equal(one, other)

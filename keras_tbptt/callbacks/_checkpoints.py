@@ -7,12 +7,13 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+from keras_tbptt._files import partial_directory
 
 _SUMS = "SHA256SUMS"
 _PARTIAL = ".partial-"
@@ -68,31 +69,35 @@ class CheckpointDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         for abandoned in self.path.glob(f"{_PARTIAL}*"):  # by a process that was killed
             shutil.rmtree(abandoned, ignore_errors=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.path))
         final = self.path / name
         try:
-            tf.train.Checkpoint(variables=list(variables)).write(str(partial / "variables"))
-            arrays: dict[str, np.ndarray] = {}
-            text = json.dumps(_packed(about, arrays), indent=1)
-            (partial / "about.json").write_text(text, encoding="utf-8")
-            np.savez(partial / "arrays.npz", **arrays)
-            lines = [f"{_digest(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
-            (partial / _SUMS).write_text("".join(lines), encoding="utf-8")
-            for file in (*partial.iterdir(), partial):
-                _synchronise(file)
-            if final.exists():  # of a run that was resumed from an earlier checkpoint
-                shutil.rmtree(final)
-            partial.rename(final)
-            _synchronise(self.path)
+            with partial_directory(self.path, _PARTIAL) as partial:
+                self._fill(partial, variables, about)
+                if final.exists():  # of a run that was resumed from an earlier checkpoint
+                    shutil.rmtree(final)
+                partial.rename(final)
+                _synchronise(self.path)
         except tf.errors.OpError as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"{error.message}") from error
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
         for old in self.newest_first()[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
         return final
+
+    def _fill(
+        self,
+        partial: pathlib.Path,
+        variables: Sequence[tf.Variable],
+        about: Mapping[str, Any],
+    ) -> None:
+        tf.train.Checkpoint(variables=list(variables)).write(str(partial / "variables"))
+        arrays: dict[str, np.ndarray] = {}
+        text = json.dumps(_packed(about, arrays), indent=1)
+        (partial / "about.json").write_text(text, encoding="utf-8")
+        np.savez(partial / "arrays.npz", **arrays)
+        lines = [f"{_digest(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
+        (partial / _SUMS).write_text("".join(lines), encoding="utf-8")
+        for file in (*partial.iterdir(), partial):
+            _synchronise(file)
 
     def read_about(self, checkpoint: pathlib.Path) -> dict[str, Any]:
         """Checks every file of a checkpoint against its checksum, and reads `about`.

@@ -8,6 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt import _batches
+from keras_tbptt._steps import run_window
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.model import TBPTTModel
 from keras_tbptt.state import preserve_states, reset_states, state_variables
@@ -72,9 +74,12 @@ def find_cause(
 def _lanes(model: keras.Model, data: tuple, busy: np.ndarray) -> tuple[np.ndarray, str]:
     """The lanes that cause it, and why, before the model is trained on the window."""
     x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-    inputs = x["inputs"] if isinstance(model, TBPTTModel) else x
+    y = _batches.as_outputs(y, weight, model.outputs)
     with preserve_states(model):
-        y_pred = model(inputs, training=False)
+        if isinstance(model, TBPTTModel):
+            y_pred = run_window(model, x, training=False)
+        else:
+            y_pred = model(x, training=False)
     y_pred = keras.tree.map_structure(tf.identity, y_pred)  # drops Keras masks
 
     def loss_of(lane: int) -> float:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import importlib.metadata
-import inspect
 import os
 import time
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt import _batches
 from keras_tbptt._keras import set_initial_epoch, sibling_callbacks
 from keras_tbptt.callbacks import _identity as identity
+from keras_tbptt.callbacks._agreement import FORMAT, check_agreement, versions
 from keras_tbptt.callbacks._checkpoints import CheckpointDirectory, DamagedCheckpointError
+from keras_tbptt.callbacks._memory import CallbackMemory
 from keras_tbptt.callbacks._nonfinite import all_finite, find_cause
 from keras_tbptt.callbacks._signals import DeferredSignals
 from keras_tbptt.data.windows import DocumentWindows
@@ -26,10 +25,6 @@ from keras_tbptt.state import seed_variables, state_variables, stateful_layers
 
 # The share of the time since the last save that a save may take.
 _SHARE = 0.03
-_PACKAGES = ("keras_tbptt", "keras", "tensorflow", "numpy")
-# What `about.json` holds; 0.1 wrote none.
-_FORMAT = 2
-_SHOWN = 3
 
 
 class BackupError(OSError):
@@ -125,21 +120,27 @@ class ExactBackup(keras.callbacks.Callback):
         """Restores the newest intact checkpoint, if there is one."""
         stateful_layers(self.model)
         self._check_steps()
-        self._siblings = sibling_callbacks() or [self]
+        self._memory = CallbackMemory(sibling_callbacks() or [self], owner=self)
         self._validating = False
-        self._build()
+        _build_variables(self.model, self.windows)
         self._optimizer = identity.optimizer_configs(self.model)
         self._belongs_to = self._identity()
         self._epoch: int | None = None
         # The checkpoint to be resumed from, until everything of it is restored.
         self._about = about = self._newest()
         if about is not None:
-            self._check(about)
+            there = about.get("belongs_to", {})
+            if self.windows._seed_drawn and "seed" in there:
+                self._belongs_to["seed"] = there["seed"]
+            missing = self._memory.missing(about["callbacks"]) if "format" in about else []
+            check_agreement(
+                about, self._belongs_to, self._optimizer, self.params["epochs"], missing
+            )
             self.windows.seed = self._belongs_to["seed"] = about["belongs_to"]["seed"]
             self.windows.epoch = about["windows_epoch"]
             self.resumed_from = about["path"].name
             self._restore(about)
-            self._restore_callbacks(self._siblings)
+            self._memory.restore(about["callbacks"])
             over = about["ended"] and about["stopped"]  # by EarlyStopping, for example
             set_initial_epoch(self.model, self.params["epochs"] if over else about["epoch"])
         self._saved_windows, self._done = 0, 0
@@ -159,10 +160,10 @@ class ExactBackup(keras.callbacks.Callback):
             self._save() if first else self._save_or_stop()
         elif about["ended"]:
             # The callbacks before this one have begun the epoch; those after it, training only.
-            self._restore_callbacks(self._siblings[self._siblings.index(self) + 1 :])
+            self._memory.restore(about["callbacks"], after_owner=True)
             self._about = None
         elif about["window"]:
-            self._restore_callbacks(self._siblings)
+            self._memory.restore(about["callbacks"])
             self._skip(about)
         else:
             self._restore_everything()
@@ -221,20 +222,6 @@ class ExactBackup(keras.callbacks.Callback):
                 f"Received: steps_per_epoch={steps}"
             )
 
-    def _build(self) -> None:
-        """Makes the variables that Keras would make in the first step."""
-        model = self.model
-        if not model.optimizer.built:  # LossScaleOptimizer would make its variables again
-            model.optimizer.build(model.trainable_variables)
-        read = iter(self.windows.dataset(flags=isinstance(model, TBPTTModel)))
-        epoch = self.windows.epoch
-        _, y, weight = keras.utils.unpack_x_y_sample_weight(next(read))
-        self.windows.epoch = epoch
-        y_pred = keras.tree.map_structure(lambda t: tf.zeros(t.shape, t.dtype), model.output)
-        model.compute_loss(x=None, y=y, y_pred=y_pred, sample_weight=weight, training=False)
-        model.compute_metrics(None, y, y_pred, weight)
-        model.reset_metrics()
-
     def _variables(self) -> list[tf.Variable]:
         """The state of training, without learning rates: a new one takes precedence."""
         model = self.model
@@ -278,80 +265,6 @@ class ExactBackup(keras.callbacks.Callback):
             )
         return None
 
-    def _check(self, about: dict[str, Any]) -> None:
-        """Refuses a checkpoint that cannot be resumed, and warns if the run will differ."""
-        path = about["path"]
-        if about.get("format") != _FORMAT:
-            raise ValueError(
-                "The checkpoint was written by another version of keras_tbptt and cannot be "
-                "resumed: finish the run with that version, or name another backup_dir. "
-                f"Received: {path} of {about.get('versions')}, now {_versions()}"
-            )
-        there, here = dict(about["belongs_to"]), dict(self._belongs_to)
-        if self.windows._seed_drawn:
-            here["seed"] = there["seed"]
-        shapes = there.pop("variables"), here.pop("variables")
-        changes = list(identity.differences(about["optimizer"], self._optimizer))
-        found = list(identity.differences(there, here))
-        if shapes[0] != shapes[1]:
-            found = found or changes or [_different_shapes(*shapes)]
-        if found:
-            more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-            raise ValueError(
-                "The checkpoint belongs to another training: make these match, or name another "
-                f"backup_dir. Received: {path} with {'; '.join(found[:_SHOWN])}{more}"
-            )
-        epochs = about["epoch"] + (not about["ended"])
-        if epochs > self.params["epochs"]:
-            raise ValueError(
-                "The checkpoint is beyond the last epoch: train for "
-                f"epochs={epochs} or more, or name another backup_dir. "
-                f"Received: epochs={self.params['epochs']}, {path}"
-            )
-        self._warn_of_optimizer(about)
-        if about["replaced"] and not about["stopped"] and epochs < self.params["epochs"]:
-            warnings.warn(
-                "The end of the run replaced the weights, as EarlyStopping(restore_best_weights="
-                "True) does. Training continues from the new ones, so the run differs from an "
-                f"uninterrupted one. Received: {path}, epochs={self.params['epochs']}",
-                stacklevel=2,
-            )
-        missing = self._matched(about)[1]
-        if missing:
-            warnings.warn(
-                "The checkpoint was written with these callbacks, which are missing now; the run "
-                "differs from an uninterrupted one unless they only observe it. "
-                f"Received: {path} with {missing}",
-                stacklevel=2,
-            )
-        if about["versions"] != _versions():
-            warnings.warn(
-                "The checkpoint was written by other versions, so the results may differ in the "
-                f"last digits. Received: {path} of {about['versions']}, now {_versions()}",
-                stacklevel=2,
-            )
-
-    def _warn_of_optimizer(self, about: dict[str, Any]) -> None:
-        pairs = zip(about["optimizer"], self._optimizer, about["learning_rates"], strict=True)
-        for there, here, now in pairs:
-            # In the same process, the rate that the run has come to is no change of the user's.
-            if now is not None and here.get("learning_rate") == now:
-                here["learning_rate"] = there["learning_rate"]
-        changes = list(identity.differences(about["optimizer"], self._optimizer))
-        if changes:
-            schedule = any(isinstance(c.get("learning_rate"), dict) for c in self._optimizer)
-            hint = (
-                " A schedule whose length depends on the number of epochs changes with it."
-                if schedule
-                else ""
-            )
-            warnings.warn(
-                "The optimizer has other arguments than when the checkpoint was written. The new "
-                f"ones are used, so the run differs from an uninterrupted run.{hint} "
-                f"Received: {'; '.join(changes)}",
-                stacklevel=2,
-            )
-
     def _restore(self, about: dict[str, Any]) -> None:
         """Restores the variables."""
         self.directory.restore(about["path"], self._variables())
@@ -364,40 +277,10 @@ class ExactBackup(keras.callbacks.Callback):
                 same = there["learning_rate"] == here["learning_rate"]
                 rate.assign(now if same else here["learning_rate"])
 
-    def _matched(
-        self, about: dict[str, Any]
-    ) -> tuple[list[tuple[keras.callbacks.Callback, dict[str, Any]]], list[str]]:
-        """The callbacks with their state in a checkpoint, and the classes that are missing."""
-        left = list(about["callbacks"])
-        found = []
-        for callback in self._remembering():
-            match = next((saved for saved in left if saved[0] == _class_of(callback)), None)
-            if match is not None:
-                left.remove(match)
-                found.append((callback, match[1]))
-        return found, [name for name, _ in left]
-
-    def _remembering(self) -> list[keras.callbacks.Callback]:
-        # The progress bar follows the arguments of the present `fit`.
-        return [
-            callback
-            for callback in self._siblings
-            if not isinstance(callback, (ExactBackup, keras.callbacks.ProgbarLogger))
-        ]
-
-    def _restore_callbacks(self, callbacks: Sequence[keras.callbacks.Callback]) -> None:
-        for callback, state in self._matched(self._about)[0]:
-            if callback not in callbacks:
-                continue
-            for name, value in copy.deepcopy(state).items():
-                # An open file, for one, is not replaced by the None that it was later on.
-                if _is_plain(vars(callback).get(name)):
-                    vars(callback)[name] = value
-
     def _restore_everything(self) -> None:
         about = self._about
         self._restore(about)
-        self._restore_callbacks(self._siblings)
+        self._memory.restore(about["callbacks"])
         self.model.stop_training = about["stopped"]
         self._about = None
 
@@ -448,8 +331,8 @@ class ExactBackup(keras.callbacks.Callback):
             self._explain("weights that are not finite")
         rates = identity.learning_rates(self.model)
         about = {
-            "format": _FORMAT,
-            "versions": _versions(),
+            "format": FORMAT,
+            "versions": versions(),
             "epoch": self._epoch,
             "window": self._window,
             "ended": ended,
@@ -459,7 +342,7 @@ class ExactBackup(keras.callbacks.Callback):
             "belongs_to": self._belongs_to,
             "optimizer": self._optimizer,
             "learning_rates": [None if rate is None else float(rate.numpy()) for rate in rates],
-            "callbacks": [[_class_of(c), _memory_of(c)] for c in self._remembering()],
+            "callbacks": self._memory.save(),
         }
         name = f"epoch-{self._epoch:05d}-window-{self._window:09d}"
         try:
@@ -498,38 +381,16 @@ class ExactBackup(keras.callbacks.Callback):
         )
 
 
-def _class_of(callback: keras.callbacks.Callback) -> str:
-    return type(callback).__qualname__
-
-
-def _memory_of(callback: keras.callbacks.Callback) -> dict[str, Any]:
-    """The public attributes of a callback that hold plain values and are no arguments."""
-    arguments = {"params", "model", "validation_data"}
-    for cls in type(callback).__mro__:
-        arguments.update(inspect.signature(cls.__init__).parameters)
-    return {
-        name: value
-        for name, value in vars(callback).items()
-        if not name.startswith("_") and name not in arguments and _is_plain(value)
-    }
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(name, str) and _is_plain(v) for name, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    if isinstance(value, (np.ndarray, np.generic)):
-        return not value.dtype.hasobject
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-def _different_shapes(there: list[Any], here: list[Any]) -> str:
-    pairs = [(a, b) for a, b in zip(there, here, strict=False) if a != b]
-    if pairs:
-        return f"a variable of shape {pairs[0][1]} (the checkpoint: {pairs[0][0]})"
-    return f"{len(here)} variables (the checkpoint: {len(there)})"
+def _build_variables(model: keras.Model, windows: DocumentWindows) -> None:
+    """Makes the variables that Keras would make in the first step."""
+    if not model.optimizer.built:  # LossScaleOptimizer would make its variables again
+        model.optimizer.build(model.trainable_variables)
+    epoch = windows.epoch
+    batch = next(iter(windows.dataset(flags=isinstance(model, TBPTTModel))))
+    windows.epoch = epoch
+    _, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
+    y = _batches.as_outputs(y, weight, model.outputs)
+    y_pred = keras.tree.map_structure(lambda t: tf.zeros(t.shape, t.dtype), model.output)
+    model.compute_loss(x=None, y=y, y_pred=y_pred, sample_weight=weight, training=False)
+    model.compute_metrics(None, y, y_pred, weight)
+    model.reset_metrics()

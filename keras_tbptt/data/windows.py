@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,8 @@ import tensorflow as tf
 
 from keras_tbptt.data import _documents as forms
 from keras_tbptt.data._packing import IDLE, PACKINGS, Plan
+from keras_tbptt.data._pipeline import WindowPipeline
+from keras_tbptt.data._targets import TargetForm, kept
 from keras_tbptt.losses import check_window_loss, window_weights
 
 
@@ -137,23 +138,12 @@ class DocumentWindows:
         if offsets is None:
             forms.check_padding(documents, lengths)
         forms.check_values(values, "documents", ids=True)
-        self._values = _kept(values)
+        self._values = kept(values)
         self._filler = forms.first_nonzero(self._values, self._offsets[0])
         steps = np.diff(self._offsets)
-        if per_step:
-            take = functools.partial(_targets, steps, offsets, lengths)
-        else:
-            take = functools.partial(_labels, steps)
-        rows = len(steps) if offsets is None or not per_step else len(values)
-        if isinstance(labels, Mapping):
-            self._targets = {
-                name: take(value, f"labels[{name!r}]") for name, value in labels.items()
-            }
-        elif _is_per_output(labels, rows):
-            self._targets = tuple(take(value, f"labels[{i}]") for i, value in enumerate(labels))
-        else:
-            self._targets = None if labels is None else take(labels, "labels")
-        self._weights = _weights(weights, len(steps))
+        form = TargetForm(steps, per_step, offsets, lengths, len(values))
+        self._targets = form.targets(labels)
+        self._weights = form.weights(weights)
         self._layout = PACKINGS[packing](steps, self.window, self.lanes, mean_window, stretch)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -284,7 +274,7 @@ class DocumentWindows:
         check_window_loss(window_loss)
         scale = 1.0
         if evaluation:
-            self._check_evaluation(flags, window_loss)
+            _check_evaluation(self, flags, window_loss)
             counted = self.num_documents
             rows = len(self) * self.lanes
             if self.per_step:
@@ -292,48 +282,16 @@ class DocumentWindows:
             else:
                 window_loss = "final_only"
             scale = rows / counted
-        structure = self._batch(self.plan, 0)
-        flat = tf.nest.flatten(structure)
-        # TensorFlow keeps every function that a graph calls, and all it refers to, for ever.
-        this, count = weakref.ref(self), len(self)
-
-        def coming_epoch(_):
-            epoch = tf.numpy_function(lambda: np.int64(this().epoch), [], tf.int64)
-            return tf.data.Dataset.range(count).map(functools.partial(read, epoch))
-
-        def read(epoch, step):
-            read_now = lambda *place: this()._read(*place)  # noqa: E731
-            tensors = tf.numpy_function(read_now, [epoch, step], [a.dtype for a in flat])
-            tensors = [tf.ensure_shape(t, a.shape) for t, a in zip(tensors, flat, strict=True)]
-            batch = tf.nest.pack_sequence_as(structure, tensors)
-            return epoch, step, batch if flags else strip(*batch)
-
-        def strip(x, y=None, sample_weight=None):
-            if y is None:
-                return (x["inputs"],)
-            weights = window_weights(window_loss, x, self.window, self.per_step)
-            return x["inputs"], y, sample_weight * weights * scale
-
-        def hand_out(epoch, step, batch):
-            count_now = lambda *place: this()._hand_out(*place)  # noqa: E731
-            tell = lambda: tf.numpy_function(count_now, [epoch, step], tf.int64)  # noqa: E731
-            # A call to Python takes longer than the rest of this stage, so with flags only the
-            # last window makes one: a TBPTTModel finds boundaries in the batch, and counts nothing.
-            told = tf.cond(step == count - 1, tell, lambda: step) if flags else tell()
-            with tf.control_dependencies([told]):
-                return tf.nest.map_structure(tf.identity, batch)
-
-        windows = tf.data.Dataset.range(1).flat_map(coming_epoch).prefetch(8)
-        # Behind the prefetch: what has been read ahead may never be used.
-        windows = windows.map(hand_out).apply(tf.data.experimental.assert_cardinality(count))
-        # With autotuning, letting go of an iterator waits until the tuner's sleep ends: 5, 10, 20,
-        # 41 s after it began.
-        options = tf.data.Options()
-        options.autotune.enabled = False
-        windows = windows.with_options(options)
-        windows.shuffle = _refuse_shuffle
-        windows.source = self
-        return windows
+        spec = tf.nest.map_structure(
+            lambda array: tf.TensorSpec(array.shape, array.dtype), self._batch(self.plan, 0)
+        )
+        weigh = None
+        if not flags:
+            weigh = functools.partial(_stock_batch, window_loss, self.window, self.per_step, scale)
+        dataset = WindowPipeline(self, spec, weigh).dataset()
+        dataset.shuffle = _refuse_shuffle
+        dataset.source = self
+        return dataset
 
     def whole(self, documents: Any) -> tuple:
         """Whole documents side by side, aligned at their ends.
@@ -359,23 +317,6 @@ class DocumentWindows:
             lambda t: None if t is None else forms.narrow(np.asarray(t[labelled])), self._targets
         )
         return steps, real, y, self._weights[documents]
-
-    def _check_evaluation(self, flags: bool, window_loss: str) -> None:
-        if flags:
-            raise ValueError(
-                "`evaluation=True` is for stock Keras models. A TBPTTModel counts documents by "
-                "itself: leave out `evaluation`. Received: flags=True, evaluation=True"
-            )
-        if window_loss != "per_window":
-            raise ValueError(
-                "`evaluation=True` counts each document at its last window: leave out "
-                f"`window_loss`. Received: window_loss={window_loss!r}, evaluation=True"
-            )
-        if not self.has_labels:
-            raise ValueError(
-                "An evaluation needs labels: DocumentWindows(documents, labels, ...). "
-                f"Received: {self!r} without labels"
-            )
 
     @functools.cached_property
     def _plans(self) -> Callable[[tuple[int, int], bool], Plan]:
@@ -422,6 +363,24 @@ class DocumentWindows:
         return x, y, weight.astype("float32")
 
 
+def _check_evaluation(windows: DocumentWindows, flags: bool, window_loss: str) -> None:
+    if flags:
+        raise ValueError(
+            "`evaluation=True` is for stock Keras models. A TBPTTModel counts documents by "
+            "itself: leave out `evaluation`. Received: flags=True, evaluation=True"
+        )
+    if window_loss != "per_window":
+        raise ValueError(
+            "`evaluation=True` counts each document at its last window: leave out "
+            f"`window_loss`. Received: window_loss={window_loss!r}, evaluation=True"
+        )
+    if not windows.has_labels:
+        raise ValueError(
+            "An evaluation needs labels: DocumentWindows(documents, labels, ...). "
+            f"Received: {windows!r} without labels"
+        )
+
+
 def _refuse_shuffle(*args: Any, **kwargs: Any) -> None:
     raise ValueError(
         "Windows must not be shuffled: a lane processes its documents in order. Shuffle documents "
@@ -429,81 +388,22 @@ def _refuse_shuffle(*args: Any, **kwargs: Any) -> None:
     )
 
 
+def _stock_batch(
+    window_loss: str, window: int, per_step: bool, scale: float, x: Any, *targets: Any
+) -> tuple:
+    """A batch for a model that knows nothing of windows: the weights say which count."""
+    if not targets:
+        return (x["inputs"],)
+    y, sample_weight = targets
+    weights = window_weights(window_loss, x, window, per_step)
+    return x["inputs"], y, sample_weight * weights * scale
+
+
 def _padded(values: np.ndarray, position: np.ndarray, real: np.ndarray) -> np.ndarray:
     """Gathers `[lanes, window, ...]` from `values`, zero where a step is not real."""
     rows = forms.narrow(np.asarray(values[position]))
     rows[~real] = 0
     return rows
-
-
-def _is_per_output(labels: Any, rows: int) -> bool:
-    """Whether a tuple holds an array for each output, and not a label for each document."""
-    if not isinstance(labels, (list, tuple)) or not labels:
-        return False
-    if not all(_rows(entry) == rows for entry in labels):
-        return False
-    if isinstance(labels, list) and len(labels) != rows:
-        raise ValueError(
-            "A list of labels has one entry per document. For a model with a list of outputs give "
-            f"a tuple of arrays. Received: a list of {len(labels)} arrays, each with {rows} rows"
-        )
-    return isinstance(labels, tuple)
-
-
-def _rows(entry: Any) -> int | None:
-    """The number of rows of an array, a tensor or a list; None for a scalar or a string."""
-    if isinstance(entry, (list, tuple)):
-        return len(entry)
-    return next(iter(getattr(entry, "shape", ())), None)
-
-
-def _labels(steps: np.ndarray, labels: Any, name: str) -> np.ndarray:
-    """One label per document, `[documents, ...]`."""
-    array = forms.as_array(labels)
-    if array is None:
-        raise ValueError(
-            f"`{name}` must have one label per document, all of one shape. For a target per step "
-            f"give per_step=True. Received: {name} of different lengths"
-        )
-    labels = np.array(array)  # a copy, because the caller may change the original
-    if labels.ndim == 0 or len(labels) != len(steps):
-        raise ValueError(
-            f"`{name}` must have one label per document ({len(steps)} documents). "
-            f"Received: labels of shape {labels.shape}"
-        )
-    forms.check_values(labels, name)
-    return forms.narrow(labels)
-
-
-def _targets(steps: np.ndarray, offsets: Any, lengths: Any, targets: Any, name: str) -> np.ndarray:
-    """One target per step, flat: `[sum of T, ...]`."""
-    values, offsets = forms.flatten(targets, offsets, lengths, name)
-    if not np.array_equal(np.diff(offsets), steps):
-        raise ValueError(
-            f"`{name}` must have one target per step of each document ({len(steps)} documents, "
-            f"{steps.sum()} steps). Received: {len(offsets) - 1} rows, "
-            f"{np.diff(offsets).sum()} steps"
-        )
-    values = values[offsets[0] : offsets[-1]]
-    forms.check_values(values, name)
-    return _kept(values)
-
-
-def _kept(values: np.ndarray) -> np.ndarray:
-    """What stays in memory: a memmap stays in its file, and each batch converts its own rows."""
-    return values if isinstance(values, np.memmap) else forms.narrow(values)
-
-
-def _weights(weights: Any, documents: int) -> np.ndarray:
-    if weights is None:
-        return np.ones(documents, "float32")
-    weights = np.asarray(weights, "float32")
-    if weights.shape != (documents,) or not np.isfinite(weights).all() or (weights < 0).any():
-        raise ValueError(
-            f"`weights` must be one finite number >= 0 per document ({documents} documents). "
-            f"Received: weights of shape {weights.shape}, min={weights.min(initial=0)}"
-        )
-    return weights
 
 
 def _at_least(name: str, value: int, least: int) -> int:

@@ -13,29 +13,30 @@ from keras_tbptt.layers._lstm_loop import SHUT, lstm_in_groups
 class LSTM(keras.layers.LSTM):
     """Long Short-Term Memory layer with a loop of its own for CPUs.
 
-    A drop-in for `keras.layers.LSTM`: the same arguments, weights, states and masks, and the same
-    results to float32 rounding. On a CPU it replaces Keras's loop with one that
+    A drop-in replacement for `keras.layers.LSTM`: it has the same arguments, weights, states and
+    masks, and the same results up to float32 rounding. On a CPU it replaces Keras's loop:
 
-    - has one matrix product a step in each direction, and one for the gradients of all weights of
-      tens of steps: inputs and outputs are joined, the bias is the weight of an input that is one,
-      and the mask an input, too, which shuts the input gate and opens the forget gate;
-    - keeps lanes side by side in memory and units below each other (`(units, batch)`), so that
-      these products read the weights along their rows: elsewhere a step of 256 units jumps
-      through memory by powers of two, in which the lines of a cache displace each other;
-    - has its backward pass written by hand;
-    - has tens of steps in one iteration, since TensorFlow's loop costs as much as a step does;
-    - splits a batch of known size into groups of lanes that run side by side on the cores, since
-      products this small do not scale over threads.
+    - Each step has one matrix product in each direction. Tens of steps share one product for the
+      gradients of all weights. Inputs and outputs are joined for this; the bias is the weight of
+      an input of one, and the mask is an input that closes the input gate and opens the forget
+      gate.
+    - The state is kept as `(units, batch)`, so that these products read the weights along their
+      rows. Otherwise a step of 256 units would jump through memory by powers of two, and cache
+      lines would displace each other.
+    - The backward pass is written by hand.
+    - One iteration has tens of steps, because an iteration of TensorFlow's loop costs as much as a
+      step.
+    - A batch of known size is split into groups of lanes that run side by side on the cores,
+      because products this small do not scale over threads.
 
-    What that loop cannot do exactly as Keras does is left to Keras: activations other than the
-    defaults, `recurrent_dropout`, `unroll=True`, `mixed_float16`, and everything when there is
-    a GPU, where Keras uses cuDNN. Gradients of gradients raise an error: use
-    `keras.layers.LSTM` for those.
+    Keras's own code runs where this loop could not give the same results: activations other than
+    the defaults, `recurrent_dropout`, `unroll=True`, `mixed_float16`, and everything if there is a
+    GPU, where Keras uses cuDNN. Gradients of gradients raise an error: use `keras.layers.LSTM`.
 
-    The layer takes TensorFlow's thread settings as it finds them.
+    The layer uses TensorFlow's thread settings as they are.
 
     Args:
-        units: Positive integer, dimensionality of the output space.
+        units: Positive integer. Dimensionality of the output space.
         **kwargs: Any other argument of `keras.layers.LSTM`.
 
     Call arguments:
@@ -49,7 +50,13 @@ class LSTM(keras.layers.LSTM):
 
     Returns:
         As `keras.layers.LSTM`: the last output `(batch, units)`, or with `return_sequences` all
-        of them `(batch, timesteps, units)`; followed by the two states with `return_state`.
+        outputs `(batch, timesteps, units)`. With `return_state` the two states follow.
+
+    Example:
+
+    ```python
+    x = keras_tbptt.layers.LSTM(256, stateful=True)(x)
+    ```
 
     Reference:
 
@@ -114,7 +121,7 @@ class LSTM(keras.layers.LSTM):
         return tf.concat([keras.ops.convert_to_tensor(r, self.compute_dtype) for r in rows], 0)
 
     def _is_fast(self) -> bool:
-        """Whether the loop of its own computes exactly what Keras would."""
+        """Whether this loop computes exactly what Keras would."""
         return (
             self.activation is keras.activations.tanh
             and self.recurrent_activation is keras.activations.sigmoid
