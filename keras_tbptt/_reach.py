@@ -28,7 +28,7 @@ def check_backprop_windows(backprop_windows: Any, cut_probability: float) -> Non
         )
     if backprop_windows == "artbp" and not 0 < cut_probability < 1:
         raise ValueError(
-            "`cut_probability` must be greater than 0 and less than 1: a gradient that is "
+            "`cut_probability` must lie strictly between 0 and 1: a gradient that is "
             f"always cut is not unbiased. Received: cut_probability={cut_probability!r}"
         )
 

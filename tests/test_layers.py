@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_tbptt import layers
+from keras_tbptt.layers import _lstm_loop
 
 
 @contextlib.contextmanager
@@ -18,7 +19,7 @@ def on_threads(threads: int):
     """As if TensorFlow ran so many operations side by side, and groups could be so small."""
     with (
         mock.patch.object(tf.config.threading, "get_inter_op_parallelism_threads", lambda: threads),
-        mock.patch.object(layers, "_LANES_PER_GROUP", 2),
+        mock.patch.object(_lstm_loop, "_LANES_PER_GROUP", 2),
     ):
         yield
 

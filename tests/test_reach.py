@@ -229,7 +229,7 @@ def test_regularisation_counts_once_in_a_step():
     [
         ({"backprop_windows": 0}, "an integer >= 1"),
         ({"backprop_windows": "some"}, "an integer >= 1"),
-        ({"backprop_windows": "artbp", "cut_probability": 1.0}, "between 0 and 1"),
+        ({"backprop_windows": "artbp", "cut_probability": 1.0}, "strictly between 0 and 1"),
         ({"window_loss": "pooled"}, "ConcatPooling"),
         ({"burn_in": -1}, "burn_in"),
     ],
