@@ -10,6 +10,7 @@ if _backend.backend() != "tensorflow":
     )
 
 from keras_tbptt import client, diagnostics, layers, losses, optimizers, state, text
+from keras_tbptt._version import __version__
 from keras_tbptt.backup import ExactBackup
 from keras_tbptt.callbacks import ResetStates
 from keras_tbptt.export import export_saved_model
@@ -22,6 +23,7 @@ __all__ = [
     "ExactBackup",
     "ResetStates",
     "TBPTTModel",
+    "__version__",
     "client",
     "diagnostics",
     "export_onnx",
