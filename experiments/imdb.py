@@ -22,8 +22,8 @@ from absl import flags
 import keras_tbptt
 from experiments import data, runner
 from keras_tbptt import text
+from keras_tbptt.data import PACKINGS
 from keras_tbptt.losses import FINAL_LOSSES, WINDOW_LOSSES
-from keras_tbptt.packing import PACKINGS
 
 OPTIMIZERS = {"lazy_adam": keras_tbptt.optimizers.LazyAdam, "adam": keras.optimizers.Adam}
 

@@ -28,7 +28,7 @@ from rich.table import Table
 
 import experiments
 import keras_tbptt
-from keras_tbptt.backup import BackupError
+from keras_tbptt.callbacks import BackupError
 
 try:
     import matplotlib
@@ -294,18 +294,14 @@ def keras_callbacks(
         epochs: The run's records.
 
     Returns:
-        The callbacks; training ends with the weights of the epoch that had the highest
-        `val_accuracy`, and `backup/` is what `--resume` goes on with.
+        The callbacks. Training ends with the weights of the epoch that had the highest
+        `val_accuracy`, and `--resume` resumes from `backup/`.
     """
-    best = BestWeights()
-    callbacks = [epochs, best]
+    callbacks = [epochs, BestWeights()]
     if importlib.util.find_spec("tensorboard"):
         callbacks.append(keras.callbacks.TensorBoard(str(directory / "tensorboard")))
     backup = keras_tbptt.ExactBackup(
-        directory / "backup",
-        windows,
-        every_seconds=flags.FLAGS.backup_seconds,
-        callbacks=[epochs, best],
+        directory / "backup", windows, every_seconds=flags.FLAGS.backup_seconds
     )
     return [*callbacks, backup]
 

@@ -11,12 +11,10 @@ if _backend.backend() != "tensorflow":
 
 from keras_tbptt import client, diagnostics, layers, losses, optimizers, state, text
 from keras_tbptt._version import __version__
-from keras_tbptt.backup import ExactBackup
-from keras_tbptt.callbacks import ResetStates
-from keras_tbptt.export import export_saved_model
+from keras_tbptt.callbacks import ExactBackup, ResetStates
+from keras_tbptt.data import DocumentWindows
 from keras_tbptt.model import TBPTTModel
-from keras_tbptt.onnx import export_onnx
-from keras_tbptt.windows import DocumentWindows
+from keras_tbptt.serving import export_onnx, export_saved_model, write_models_config
 
 __all__ = [
     "DocumentWindows",
@@ -33,4 +31,5 @@ __all__ = [
     "optimizers",
     "state",
     "text",
+    "write_models_config",
 ]

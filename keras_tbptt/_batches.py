@@ -1,4 +1,4 @@
-"""What `fit`, `evaluate` and `predict` are given -> batches that were checked."""
+"""What `fit`, `evaluate` and `predict` are given, as batches that fit the model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,79 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt import _keras
+from keras_tbptt._masks import off_time_layers
+from keras_tbptt.data.windows import DocumentWindows
+from keras_tbptt.losses import FINAL_LOSSES
+
 # All that `DocumentWindows.dataset(flags=True)` gives; batches of other origin may have fewer.
 _ORDER = ("lengths", "ends", "positions", "totals")
+
+
+def source_of(x: Any) -> DocumentWindows | None:
+    """The windows that `x` is, or is the dataset of; None for batches of other origin.
+
+    Args:
+        x: What `fit`, `evaluate` or `predict` is given.
+    """
+    return x if isinstance(x, DocumentWindows) else getattr(x, "source", None)
+
+
+def as_dataset(
+    x: Any,
+    model: keras.Model,
+    learns: bool = False,
+    needs_labels: bool = True,
+    steps: int | None = None,
+) -> tf.data.Dataset:
+    """Checks that windows fit a model, before anything runs.
+
+    Args:
+        x: `DocumentWindows`, their `dataset(flags=True)`, or a `tf.data.Dataset` of such batches.
+        model: A `TBPTTModel`.
+        learns: bool. Whether the model is trained on them.
+        needs_labels: bool. Whether they must have labels.
+        steps: Optional int. How many windows are evaluated; None for all.
+
+    Returns:
+        A dataset of batches with flags.
+
+    Raises:
+        ValueError: If the windows do not fit the model, lack labels or a flag, or no document ends
+            in the windows to evaluate.
+    """
+    source = source_of(x)
+    if source is not None:
+        _check_windows(source, model)
+        if needs_labels and not source.has_labels:
+            raise ValueError(
+                "Training and evaluation need labels: DocumentWindows(documents, labels, ...). "
+                f"Received: {source!r} without labels"
+            )
+        if steps is not None and not source.per_step and not source.ends[:steps].any():
+            raise ValueError(
+                "No document ends in the windows to evaluate, so there would be no figures: "
+                f"evaluate more of them. Received: steps={steps}, {source!r}"
+            )
+        if learns and model.backprop_windows == "all" and source.packing != "aligned":
+            raise ValueError(
+                'backprop_windows="all" makes one step for all lanes when their documents have '
+                'ended: give it DocumentWindows(..., packing="aligned"). '
+                f"Received: packing={source.packing!r}"
+            )
+    dataset = source.dataset(flags=True) if x is source and source is not None else x
+    spec = getattr(dataset, "element_spec", None)
+    flags = spec[0] if isinstance(spec, tuple) else spec
+    if not isinstance(dataset, tf.data.Dataset) or not has_flags(flags):
+        raise ValueError(
+            "A TBPTTModel runs windows of documents: pass keras_tbptt.DocumentWindows, or "
+            f"their dataset(flags=True). Received: {type(x).__name__} of {spec}"
+        )
+    if needs_labels:
+        flags, y, sample_weight = unpack(spec)
+        _check_flags(flags, _flags_needed(flags, model, learns, is_per_step(sample_weight)))
+        _check_targets(y, sample_weight, model.outputs, model.window)
+    return dataset
 
 
 def has_flags(x: Any) -> bool:
@@ -59,29 +130,11 @@ def is_per_step(sample_weight: Any) -> bool:
     return sample_weight.shape.rank == 2
 
 
-def check_flags(x: Mapping[str, Any], needed: Sequence[str]) -> None:
-    """Refuses batches of other origin that lack a flag.
-
-    Args:
-        x: The inputs of a batch, or their `tf.TensorSpec`s.
-        needed: Names of flags.
-
-    Raises:
-        ValueError: If one is missing.
-    """
-    missing = [name for name in needed if name not in x]
-    if missing:
-        raise ValueError(
-            f"The batches need the flags {missing} too: see DocumentWindows.dataset. "
-            f"Received: x with {sorted(x)}"
-        )
-
-
 def with_all_flags(x: Mapping[str, tf.Tensor], lanes: int, window: int) -> dict[str, tf.Tensor]:
     """Fills in the flags that a batch of other origin may leave out: its windows are full.
 
     Args:
-        x: The inputs of a batch, with flags of which `check_flags` has made sure.
+        x: The inputs of a batch, with flags of which `as_dataset` has made sure.
         lanes: int, rows of a batch.
         window: int, steps in a window.
     """
@@ -93,42 +146,6 @@ def with_all_flags(x: Mapping[str, tf.Tensor], lanes: int, window: int) -> dict[
         "ends": tf.zeros([lanes], tf.bool),
     }
     return {**flags, **x}
-
-
-def check_targets(y: Any, sample_weight: Any, outputs: Any, window: int) -> None:
-    """Refuses targets that cannot be compared with the outputs, before anything runs.
-
-    Args:
-        y: `tf.TensorSpec`s of the targets.
-        sample_weight: `tf.TensorSpec` of the weights.
-        outputs: The symbolic outputs of the model.
-        window: int, steps in a window.
-
-    Raises:
-        ValueError: If one has a time axis and the other has none.
-    """
-    targets, outputs = tf.nest.flatten(y), keras.tree.flatten(outputs)
-    if len(targets) != len(outputs):
-        return  # Keras names the structures.
-    for target, output in zip(targets, outputs, strict=True):
-        timed = len(output.shape) > 1 and output.shape[1] == window
-        received = f"Received: targets of shape {target.shape}, an output of shape {output.shape}"
-        if is_per_step(sample_weight) and not timed:
-            raise ValueError(
-                "A target per step needs an output per step, [lanes, window, ...]: build the last "
-                f"recurrent layer with return_sequences=True. {received}"
-            )
-        if is_per_step(sample_weight) and len(output.shape) == 2:
-            raise ValueError(
-                "An output per step needs a last axis, [lanes, window, 1]: end the model with "
-                f"Dense(1), and without squeezing. {received}"
-            )
-        if not is_per_step(sample_weight) and timed and len(output.shape) > 2:
-            raise ValueError(
-                "The output has a time axis, and the labels have none: give a target per step with "
-                "DocumentWindows(..., per_step=True), or build the last recurrent layer with "
-                f"return_sequences=False. {received}"
-            )
 
 
 def as_outputs(y: Any, sample_weight: Any, outputs: Any) -> Any:
@@ -193,3 +210,104 @@ def class_weigher(class_weight: Mapping[int, float], spec: tuple) -> Callable:
         return x, y, sample_weight * weights
 
     return weigh
+
+
+def _flags_needed(
+    given: Mapping[str, Any], model: keras.Model, learns: bool, per_step: bool
+) -> list[str]:
+    """What the window loss and the reach need to know of a window, beside its start."""
+    if not learns:
+        return [] if per_step else ["ends"]
+    final, linear = model.window_loss in FINAL_LOSSES, model.window_loss == "linear_gain"
+    needed = ["ends"] if final or model.burn_in or model.backprop_windows != 1 else []
+    needed += ["positions"] if linear or model.burn_in else []
+    needed += ["totals"] if linear or ("lengths" in given and not per_step) else []
+    return needed
+
+
+def _check_flags(given: Mapping[str, Any], needed: Sequence[str]) -> None:
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise ValueError(
+            f"The batches need the flags {missing} too: see DocumentWindows.dataset. "
+            f"Received: x with {sorted(given)}"
+        )
+
+
+def _check_targets(y: Any, sample_weight: Any, outputs: Any, window: int) -> None:
+    """Refuses targets that cannot be compared with the outputs."""
+    targets, outputs = tf.nest.flatten(y), keras.tree.flatten(outputs)
+    if len(targets) != len(outputs):
+        return  # Keras names the structures.
+    for target, output in zip(targets, outputs, strict=True):
+        timed = len(output.shape) > 1 and output.shape[1] == window
+        received = f"Received: targets of shape {target.shape}, an output of shape {output.shape}"
+        if is_per_step(sample_weight) and not timed:
+            raise ValueError(
+                "A target per step needs an output per step, [lanes, window, ...]: build the last "
+                f"recurrent layer with return_sequences=True. {received}"
+            )
+        if is_per_step(sample_weight) and len(output.shape) == 2:
+            raise ValueError(
+                "An output per step needs a last axis, [lanes, window, 1]: end the model with "
+                f"Dense(1), and without squeezing. {received}"
+            )
+        if not is_per_step(sample_weight) and timed and len(output.shape) > 2:
+            raise ValueError(
+                "The output has a time axis, and the labels have none: give a target per step with "
+                "DocumentWindows(..., per_step=True), or build the last recurrent layer with "
+                f"return_sequences=False. {received}"
+            )
+
+
+def _check_windows(windows: DocumentWindows, model: keras.Model) -> None:
+    """Refuses windows of another shape, and ids that the embeddings cannot look up."""
+    expected = tuple(model.inputs[0].shape)
+    received = (windows.lanes, windows.window, *windows.feature_shape)
+    if expected != received:
+        raise ValueError(
+            f"The model's batch shape is {expected}, so the windows need "
+            f"lanes={expected[0]}, window={expected[1]} and steps of shape {expected[2:]}. "
+            f"Received: windows of batch shape {received}"
+        )
+    for layer in embeddings_of_ids(model, model.inputs):
+        if windows.max_id is None or windows.max_id >= layer.input_dim:
+            raise ValueError(
+                f"The ids must be integers below the vocabulary of layer {layer.name!r}, "
+                f"input_dim={layer.input_dim}. Received: "
+                + ("floats" if windows.max_id is None else f"id {windows.max_id}")
+            )
+        if layer.mask_zero and windows.min_id == 0:
+            raise ValueError(
+                f"Layer {layer.name!r} has mask_zero=True and takes id 0 for padding, but the "
+                "documents contain it: let ids begin at 1, or leave mask_zero out (a "
+                f"TBPTTModel masks padding by itself). Received: id 0 in {windows!r}"
+            )
+    off = off_time_layers(model, model.window)
+    if windows.has_padding and off:
+        raise ValueError(
+            "A layer would run over the padding of last windows, because its steps are not the "
+            "window's: remove strides and pooling before it, or give it documents that fill "
+            f"their windows. Received: layers {off} of model {model.name!r}, {windows!r}"
+        )
+
+
+def embeddings_of_ids(
+    model: keras.Model, ids: Sequence[keras.KerasTensor]
+) -> list[keras.layers.Embedding]:
+    """The embeddings that look up the model's ids as they are, in nested models too.
+
+    Args:
+        model: A functional model.
+        ids: Its symbolic inputs of ids.
+    """
+    known, found = {id(tensor) for tensor in ids}, []
+    for layer in model.layers:
+        for tensors in _keras.calls(layer):
+            taken = [id(tensor) in known for tensor in tensors]
+            if isinstance(layer, keras.layers.Embedding) and any(taken):
+                found.append(layer)
+            elif isinstance(layer, keras.Model) and any(taken):
+                inner = [t for t, is_ids in zip(layer.inputs, taken, strict=True) if is_ids]
+                found += embeddings_of_ids(layer, inner)
+    return found

@@ -27,6 +27,26 @@ def calls(operation: Any) -> list[list[keras.KerasTensor]]:
     return [list(node.input_tensors) for node in operation._inbound_nodes]
 
 
+def producer(tensor: keras.KerasTensor) -> Any:
+    """The layer, model or operation that a symbolic tensor is an output of.
+
+    Args:
+        tensor: A symbolic tensor of a functional model.
+    """
+    return tensor._keras_history.operation
+
+
+def seeds_by_layer(model: keras.Model) -> list[keras.Variable]:
+    """The states of random generators in the order of files that version 0.1 saved.
+
+    Args:
+        model: A built model.
+    """
+    generators = [g for layer in model._flatten_layers() for g in layer._seed_generators]
+    # A generator shared by two layers is listed by both.
+    return list({id(g.state): g.state for g in generators}.values())
+
+
 def set_mask(tensor: tf.Tensor, mask: tf.Tensor) -> None:
     """Attaches a mask to a tensor, for the layers that take the tensor next.
 
@@ -67,3 +87,74 @@ def original_of_clone(outputs: Any) -> keras.Model | None:
             return found["model"]
         frame = frame.f_back
     return None
+
+
+def sibling_callbacks() -> list[keras.callbacks.Callback]:
+    """Finds all callbacks of the `fit` that is calling a callback.
+
+    Keras gives a callback no way to see the others, but their `CallbackList` is what calls it.
+
+    Returns:
+        The callbacks in the order in which they are called, the caller and those that Keras adds
+        included. Empty outside of a `CallbackList`.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.callbacks.CallbackList):
+            return list(caller.callbacks)
+        frame = frame.f_back
+    return []
+
+
+def set_initial_epoch(model: keras.Model, epoch: int | None) -> None:
+    """Sets the epoch that `fit` begins with, from a callback's `on_train_begin`.
+
+    Args:
+        model: The model that is being trained.
+        epoch: int >= 0. The first epoch; it takes precedence over the argument `initial_epoch` of
+            `fit`. None gives the argument its effect back.
+    """
+    model._initial_epoch = None if epoch is None else _Epoch(epoch)
+
+
+class _Epoch(int):
+    """Keras uses its own value where this one is false, which 0 must not be."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def without_cached_data(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `evaluate` for a data set that begins at its first batch.
+
+    In `fit`, Keras would go on in the middle of the data where `validation_steps` ended before.
+
+    Args:
+        arguments: Keyword arguments of `keras.Model.evaluate`.
+    """
+    return {name: v for name, v in arguments.items() if name != "_use_cached_eval_dataset"}
+
+
+class OpenAdam(keras.optimizers.Adam):
+    """Adam whose slots and clipping a subclass can use."""
+
+    def slots(self, variable: Any) -> tuple[keras.Variable, keras.Variable]:
+        """Momentum and velocity of a variable.
+
+        Args:
+            variable: One of the variables that the optimizer was built for.
+        """
+        index = self._get_variable_index(variable)
+        return self._momentums[index], self._velocities[index]
+
+    def clip(self, gradients: list[Any]) -> list[Any]:
+        """Clips gradients as `clipnorm`, `global_clipnorm` or `clipvalue` says.
+
+        Args:
+            gradients: Tensors.
+        """
+        return super()._clip_gradients(gradients)
+
+    def _clip_gradients(self, grads: list[Any]) -> list[Any]:
+        return self.clip(grads)

@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_tbptt import _keras
+from keras_tbptt._tensors import of_rank
 from keras_tbptt.layers import ConcatPooling
 
 Mask = tf.Tensor | None
@@ -126,7 +127,7 @@ class _WindowMasks:
         """Mean and variance count real steps alone, and no idle lane."""
         rank = inputs.shape.rank
         timed = rank > 2 and inputs.shape[1] == self._window
-        mask = _of_rank(self._real if timed else self._busy, rank - 1)
+        mask = of_rank(self._real if timed else self._busy, rank - 1)
         return inputs, _both(tf.broadcast_to(mask, tf.shape(inputs)[:-1]), given)
 
 
@@ -147,12 +148,7 @@ def _with_mask(layer: keras.layers.Layer, mask_for: Callable) -> Callable:
 
 
 def _both(mask: tf.Tensor, given: Mask) -> tf.Tensor:
-    return mask if given is None else mask & _of_rank(tf.cast(given, "bool"), mask.shape.rank)
-
-
-def _of_rank(mask: tf.Tensor, rank: int) -> tf.Tensor:
-    missing = [1] * (rank - mask.shape.rank)
-    return tf.reshape(mask, tf.concat([tf.shape(mask), missing], axis=0))
+    return mask if given is None else mask & of_rank(tf.cast(given, "bool"), mask.shape.rank)
 
 
 def _inside_time_distributed(model: keras.Model) -> list[keras.layers.Layer]:

@@ -1,4 +1,4 @@
-"""How a window is learnt from: with the gradient of one window, or of several."""
+"""One step of training or evaluation: one window of every lane."""
 
 from __future__ import annotations
 
@@ -8,18 +8,120 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_tbptt import _batches
+from keras_tbptt._reach import WindowHistory, backpropagate
 from keras_tbptt._reporting import output_losses, penalty
+from keras_tbptt.layers import ConcatPooling
 from keras_tbptt.optimizers import LazyAdam
-from keras_tbptt.reach import WindowHistory, backpropagate
-from keras_tbptt.state import explicit_state, seed_variables, state_variables
+from keras_tbptt.state import (
+    call_masked,
+    explicit_state,
+    reset_states,
+    seed_variables,
+    state_variables,
+    stateful_layers,
+)
 
 
-class Learnt(NamedTuple):
+class Found(NamedTuple):
     """What a step found: outputs, Keras's loss of the batch, and the penalties in it."""
 
     y_pred: Any
     loss: tf.Tensor
     penalty: tf.Tensor
+
+
+def begin(
+    model: keras.Model, data: Any, aligned: bool = False
+) -> tuple[dict[str, tf.Tensor], Any, tf.Tensor]:
+    """Resets the lanes that begin a document in a batch.
+
+    Args:
+        model: A `TBPTTModel`.
+        data: A batch `(x, y, sample_weight)`.
+        aligned: bool. Whether documents must begin together in all lanes.
+
+    Returns:
+        Inputs with all lane flags, targets in the rank of the outputs, and weights.
+    """
+    x, y, sample_weight = _batches.unpack(data)
+    y = _batches.as_outputs(y, sample_weight, model.outputs)
+    return begin_lanes(model, x, aligned), y, sample_weight
+
+
+def begin_lanes(
+    model: keras.Model, x: Mapping[str, tf.Tensor], aligned: bool = False
+) -> dict[str, tf.Tensor]:
+    """Checks that windows continue their lanes, and resets the lanes that begin a document.
+
+    Args:
+        model: A `TBPTTModel`.
+        x: Inputs and lane flags.
+        aligned: bool. Whether documents must begin together in all lanes.
+
+    Returns:
+        Inputs with all lane flags.
+    """
+    checks = model.window_order.follow(x, aligned) if _batches.has_order(x) else []
+    x = _batches.with_all_flags(x, model.lanes, model.window)
+    with tf.control_dependencies(checks):
+        x = {name: tf.identity(value) for name, value in x.items()}
+    reset_states(model, x["starts"])
+    return x
+
+
+def pooling_states(model: keras.Model) -> list[bool]:
+    """For each state variable, whether it belongs to a pooling layer.
+
+    Args:
+        model: A built `keras.Model` with stateful layers.
+    """
+    return [
+        isinstance(layer, ConcatPooling)
+        for layer in stateful_layers(model)
+        for _ in keras.tree.flatten(layer.states)
+    ]
+
+
+def run_window(model: keras.Model, x: Mapping[str, tf.Tensor], training: bool) -> Any:
+    """The forward pass over one window of every lane, from the state as it is.
+
+    Args:
+        model: A `TBPTTModel`.
+        x: Inputs and lane flags (see `DocumentWindows.dataset`).
+        training: bool. Whether dropout and the like apply.
+
+    Returns:
+        The model's outputs.
+    """
+    y_pred = call_masked(model, x["inputs"], training, _real_steps(model, x))
+    # Without their masks, by which Keras would weight the loss a second time.
+    return keras.tree.map_structure(tf.identity, y_pred)
+
+
+class ForwardOnly:
+    """A window's loss without a gradient.
+
+    Args:
+        model: A `TBPTTModel`.
+    """
+
+    def __init__(self, model: keras.Model):
+        self._model = model
+
+    def __call__(self, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: Any) -> Found:
+        """Runs a window of every lane.
+
+        Args:
+            x: Inputs and lane flags.
+            y: Targets.
+            weight: How much each row counts in the loss, weights of documents included.
+            share: How much each row counts, without the weights of documents.
+        """
+        y_pred = run_window(self._model, x, training=False)
+        with output_losses(self._model, share):
+            loss = self._model.compute_loss(x["inputs"], y, y_pred, weight, training=False)
+        return Found(y_pred, loss, penalty(self._model, loss))
 
 
 class OneWindow:
@@ -42,14 +144,14 @@ class OneWindow:
             sample_weight: `tf.TensorSpec` of the weights.
         """
 
-    def __call__(self, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: Any) -> Learnt:
+    def __call__(self, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: Any) -> Found:
         """Learns from a window of every lane.
 
         Args:
             x: Inputs and lane flags.
             y: Targets.
-            weight: What each row counts in the loss, weights of documents included.
-            share: What each row counts, weights of documents left out.
+            weight: How much each row counts in the loss, weights of documents included.
+            share: How much each row counts, without the weights of documents.
         """
         model = self._model
         if not model.may_only_run:
@@ -59,13 +161,13 @@ class OneWindow:
         return tf.cond(
             tf.reduce_any(share > 0),
             lambda: self._learn(x, y, weight, share),
-            lambda: Learnt(model.run_window(x, training=True), zero, zero),
+            lambda: Found(run_window(model, x, training=True), zero, zero),
         )
 
-    def _learn(self, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: Any) -> Learnt:
+    def _learn(self, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: Any) -> Found:
         model = self._model
         with tf.GradientTape() as tape:
-            y_pred = model.run_window(x, training=True)
+            y_pred = run_window(model, x, training=True)
             with output_losses(model, share):
                 loss = model.compute_loss(x["inputs"], y, y_pred, weight, training=True)
             scaled = model.optimizer.scale_loss(loss)
@@ -76,7 +178,7 @@ class OneWindow:
         if not isinstance(model.optimizer, LazyAdam):
             gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
         model.optimizer.apply(gradients, model.trainable_variables)
-        return Learnt(y_pred, loss, added)
+        return Found(y_pred, loss, added)
 
 
 class SeveralWindows:
@@ -103,20 +205,20 @@ class SeveralWindows:
         """
         self._history_of(self._kept_of(x, y, sample_weight)).clear()
 
-    def __call__(self, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: Any) -> Learnt:
+    def __call__(self, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: Any) -> Found:
         """Runs a window, keeps what it takes to run it again, and learns when it is time.
 
         Args:
             x: Inputs and lane flags.
             y: Targets.
-            weight: What each row counts in the loss, weights of documents included.
-            share: What each row counts, weights of documents left out.
+            weight: How much each row counts in the loss, weights of documents included.
+            share: How much each row counts, without the weights of documents.
         """
         model = self._model
         window = self._kept_of(x, y, weight)
         history = self._history_of(window)
         history.append(window)
-        y_pred = model.run_window(x, training=True)
+        y_pred = run_window(model, x, training=True)
         with output_losses(model, share):
             loss = model.compute_loss(x["inputs"], y, y_pred, weight, training=True)
         added = penalty(model, loss)
@@ -130,7 +232,7 @@ class SeveralWindows:
             learns |= tf.cast(draw, "float32") < model.cut_probability
             crossing = 1 / (1 - model.cut_probability)
         pooled = model.window_loss == "pooled"
-        crossings = [crossing if pools or not pooled else 0.0 for pools in model.pools]
+        crossings = [crossing if pools or not pooled else 0.0 for pools in pooling_states(model)]
 
         def learn() -> bool:
             gradients = backpropagate(
@@ -148,7 +250,7 @@ class SeveralWindows:
 
         _build(model.optimizer, model.trainable_variables)
         tf.cond(learns, learn, lambda: False)
-        return Learnt(y_pred, loss, added)
+        return Found(y_pred, loss, added)
 
     def _run_again(
         self, window: Mapping[str, Any], back: tf.Tensor
@@ -160,7 +262,7 @@ class SeveralWindows:
         if self._sliding:
             weight *= newest
         y_pred, new_states = explicit_state(model)(
-            window["inputs"], window["states"], True, model.real_steps(window), window["seeds"]
+            window["inputs"], window["states"], True, _real_steps(model, window), window["seeds"]
         )
         y_pred = keras.tree.map_structure(_of_shape, y_pred, model.output)
         with output_losses(model, None):
@@ -188,6 +290,11 @@ class SeveralWindows:
             with tf.init_scope():
                 self.history = WindowHistory(specs, limit)
         return self.history
+
+
+def _real_steps(model: keras.Model, x: Mapping[str, tf.Tensor]) -> tf.Tensor:
+    """bool `[lanes, window]`: the steps that are no padding, and in no idle lane."""
+    return tf.sequence_mask(x["lengths"], model.window)
 
 
 def _build(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> None:

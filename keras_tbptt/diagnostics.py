@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from keras_tbptt.state import explicit_state, initial_states, seed_variables
-from keras_tbptt.windows import DocumentWindows
+from keras_tbptt._gradient_walk import GradientWalk
+from keras_tbptt.data.windows import DocumentWindows
 
 # Documents that are read side by side: their states at all steps are kept in memory.
 _ROWS = 64
@@ -196,7 +195,7 @@ def gradient_reach(
     windows = _grid(longest) if windows is None else _checked(windows)
     stops = np.unique(np.append(np.minimum(windows, longest), longest))
 
-    walk = _walk(model, documents)
+    walk = GradientWalk(model, documents)
     norms = np.full([documents.num_documents, longest], np.nan)
     sums: list[Any] = [0.0] * len(stops)
     by_length = np.argsort(documents.lengths, kind="stable")
@@ -254,156 +253,3 @@ def _compare(cut: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
     size = np.linalg.norm(exact)
     with np.errstate(invalid="ignore"):
         return np.linalg.norm(cut - exact) / size, cut @ exact / (np.linalg.norm(cut) * size)
-
-
-def _walk(model: keras.Model, documents: DocumentWindows) -> Callable:
-    """The walk through whole documents, forwards and backwards in windows of one step.
-
-    Returns:
-        A function `(rows, stops) -> (norms, gradients)`: `rows` says which documents, `stops` are
-        distances, ascending; `norms` is `[rows, time]` by distance, `gradients` a flat array per
-        stop, summed over the rows.
-    """
-    call = explicit_state(model)
-    variables = [variable.value for variable in model.trainable_variables]
-
-    def read(steps, real, index, states):
-        # Keras refuses a number of steps other than the model's own only where it can see it.
-        step = tf.compat.v1.placeholder_with_default(
-            steps[:, index : index + 1], [None, None, *steps.shape[2:]]
-        )
-        seeds = [variable.value for variable in seed_variables(model)]  # with these it is pure
-        outputs, new_states = call(tf.cast(step, model.inputs[0].dtype), states, seeds=seeds)
-        # In front of a document its lane waits, whether a mask could reach the layer or not.
-        real = real[:, index]
-        states = [
-            tf.ensure_shape(tf.where(_like(real, old), new, old), old.shape)
-            for new, old in zip(new_states, states, strict=True)
-        ]
-        return outputs, states
-
-    def read_forward(steps, real):
-        time = tf.shape(steps)[1]
-        states = initial_states(model, tf.shape(steps)[0])
-        kept = [tf.TensorArray(s.dtype, time, element_shape=s.shape) for s in states]
-
-        def body(index, states, kept):
-            kept = [array.write(index, s) for array, s in zip(kept, states, strict=True)]
-            return index + 1, read(steps, real, index, states)[1], kept
-
-        kept = tf.while_loop(lambda index, *_: index < time, body, (0, states, kept))[2]
-        return [array.stack() for array in kept]
-
-    def walk_back(tape, targets, upstream, gradients, states):
-        found = tape.gradient(
-            targets,
-            [*variables, *states],
-            output_gradients=upstream,
-            unconnected_gradients=tf.UnconnectedGradients.ZERO,
-        )
-        added = [_add(old, new) for old, new in zip(gradients, found, strict=False)]
-        return added, found[len(variables) :]
-
-    def losses_of(y, y_pred):
-        # Row by row, so that a loss is a document's own whatever the reduction over a batch.
-        def one(row):
-            y, y_pred = keras.tree.map_structure(lambda t: t[None], row)
-            return tf.cast(model.compute_loss(y=y, y_pred=y_pred, training=False), "float32")
-
-        return tf.map_fn(one, (y, y_pred), fn_output_signature=tf.float32)
-
-    def last_step(output, symbolic):
-        timed = symbolic.shape[1:2] == model.inputs[0].shape[1:2] and len(symbolic.shape) > 2
-        return output[:, -1] if timed else output
-
-    def begin(steps, real, y, weights):
-        """Reads forwards, and takes the gradient through the last step."""
-        kept = read_forward(steps, real)
-        states = [array[-1] for array in kept]
-        with tf.GradientTape() as tape:
-            tape.watch(states)
-            outputs, _ = read(steps, real, tf.shape(steps)[1] - 1, states)
-            flat = zip(keras.tree.flatten(outputs), model.outputs, strict=True)
-            y_pred = keras.tree.pack_sequence_as(outputs, [last_step(*pair) for pair in flat])
-        with tf.GradientTape() as loss_tape:
-            loss_tape.watch(y_pred)
-            losses = losses_of(y, y_pred) * weights
-        # By the prediction, on which no penalty of the weights depends.
-        by_prediction = loss_tape.gradient(
-            losses, y_pred, unconnected_gradients=tf.UnconnectedGradients.ZERO
-        )
-        gradients, upstream = walk_back(
-            tape,
-            tf.nest.flatten(y_pred),
-            tf.nest.flatten(by_prediction),
-            [tf.zeros(variable.shape, variable.dtype) for variable in variables],
-            states,
-        )
-        return kept, gradients, upstream, _norm(upstream)
-
-    def go_on(steps, real, kept, gradients, upstream, begin, end):
-        """Walks from distance `begin` to distance `end`."""
-        time = tf.shape(steps)[1]
-
-        def body(distance, gradients, upstream, norms):
-            states = [array[time - distance] for array in kept]
-            with tf.GradientTape() as tape:
-                tape.watch(states)
-                _, new_states = read(steps, real, time - distance, states)
-            gradients, upstream = walk_back(tape, new_states, upstream, gradients, states)
-            norms = norms.write(distance - begin - 1, _norm(upstream))
-            return distance + 1, gradients, upstream, norms
-
-        norms = tf.TensorArray("float64", end - begin, element_shape=[None])
-        _, gradients, upstream, norms = tf.while_loop(
-            lambda distance, *_: distance <= end, body, (begin + 1, gradients, upstream, norms)
-        )
-        return gradients, upstream, norms.stack()
-
-    # Traced once, for any number of rows and steps.
-    steps, real, y, weights = documents.whole([0])
-    steps, real = _spec(steps, 2), _spec(real, 2)
-    y, weights = tf.nest.map_structure(lambda array: _spec(array, 1), (y, weights))
-    begin = tf.function(begin).get_concrete_function(steps, real, y, weights)
-    place = tf.TensorSpec([], tf.int32)
-    go_on = tf.function(go_on).get_concrete_function(
-        steps, real, *begin.structured_outputs[:3], place, place
-    )
-
-    def walk(rows, stops):
-        batch = tf.nest.map_structure(tf.constant, documents.whole(rows))
-        kept, gradients, upstream, norm = begin(*batch)
-        norms, flat, reached = [norm[None]], [], 1
-        for stop in np.minimum(stops, len(kept[0])).tolist():
-            if stop > reached:
-                gradients, upstream, found = go_on(
-                    *batch[:2], kept, gradients, upstream, tf.constant(reached), tf.constant(stop)
-                )
-                norms.append(found)
-                reached = stop
-            flat.append(np.concatenate([g.numpy().ravel() for g in gradients]))
-        return np.concatenate(norms).T, flat
-
-    return walk
-
-
-def _spec(array: np.ndarray, free: int) -> tf.TensorSpec:
-    """For arrays like this with the first `free` dimensions of any size."""
-    return tf.TensorSpec([None] * free + list(array.shape[free:]), array.dtype)
-
-
-def _add(total: tf.Tensor, gradient: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
-    if isinstance(gradient, tf.IndexedSlices):  # an embedding's: a few rows of many
-        return tf.tensor_scatter_nd_add(total, gradient.indices[:, None], gradient.values)
-    return total + gradient
-
-
-def _norm(gradients: Sequence[tf.Tensor]) -> tf.Tensor:
-    """One norm per row, `[rows]`, of all tensors together."""
-    # In float64, where the square of the smallest float32 is no zero.
-    rows = [tf.reshape(tf.cast(g, "float64"), [tf.shape(g)[0], -1]) for g in gradients]
-    return tf.norm(tf.concat(rows, axis=1), axis=1)
-
-
-def _like(rows: tf.Tensor, tensor: tf.Tensor) -> tf.Tensor:
-    return tf.reshape(rows, [-1] + [1] * (tensor.shape.rank - 1))

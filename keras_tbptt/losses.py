@@ -1,17 +1,20 @@
-"""The window losses, as weights over windows."""
+"""The window losses, as weights of windows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import tensorflow as tf
+
+WindowLoss = Literal["per_window", "final_only", "linear_gain", "pooled"]
 
 WINDOW_LOSSES = ("per_window", "final_only", "linear_gain", "pooled")
 FINAL_LOSSES = ("final_only", "pooled")  # zero before a document's last window
 
 
 def check_window_loss(window_loss: str) -> str:
-    """Returns `window_loss` if it is one that this library knows.
+    """Returns `window_loss` if it is known.
 
     Args:
         window_loss: str.
@@ -27,52 +30,70 @@ def check_window_loss(window_loss: str) -> str:
 
 
 def window_weights(
-    window_loss: str, x: Mapping[str, tf.Tensor], window: int, per_step: bool = False
+    window_loss: WindowLoss,
+    x: Mapping[str, tf.Tensor],
+    window: int,
+    per_step: bool = False,
+    burn_in: int = 0,
 ) -> tf.Tensor:
-    """How much each window of a batch counts in the loss, before weights of documents.
+    """How much each window of a batch counts in the loss, without the weights of documents.
 
-    - `"per_window"`: every window against the document's label (target replication without a
-      final term: Lipton et al. 2016, "Learning to diagnose with LSTM recurrent neural networks",
-      section 3.3). A window counts by its real steps over those it could have had,
-      `length / min(window, total)`: a 3-step tail of a long document counts 3 / window, and a
-      document shorter than one window counts like a full window.
-    - `"final_only"`: only the window that ends its document, and it counts 1 however short.
-    - `"linear_gain"`: as `"per_window"`, times the share of the document that has been read by the
-      window's end, which rises linearly to 1 (Dai and Le 2015, "Semi-supervised sequence learning",
-      section 4, "linear gain").
-    - `"pooled"`: as `"final_only"`, for a head that reads pooled outputs of all windows
-      (`keras_tbptt.layers.ConcatPooling`): one loss per document, as in ULMFiT's BPT3C (Howard and
+    - `"per_window"`: every window counts, against the label of its document (target replication
+      without a final term: Lipton et al. 2016, "Learning to diagnose with LSTM recurrent neural
+      networks", section 3.3). A window counts by its real steps over the steps that it could have,
+      `length / min(window, total)`. A tail of 3 steps counts 3 / window, and a document that is
+      shorter than a window counts like a full window.
+    - `"final_only"`: only the window that ends its document counts. It counts 1, however short.
+    - `"linear_gain"`: as `"per_window"`, times the share of the document up to the window's end.
+      This rises linearly to 1 (Dai and Le 2015, "Semi-supervised sequence learning", section 4,
+      "linear gain").
+    - `"pooled"`: as `"final_only"`, for a head that pools the outputs of all windows
+      (`keras_tbptt.layers.ConcatPooling`). One loss per document, as in ULMFiT's BPT3C (Howard and
       Ruder 2018, "Universal language model fine-tuning for text classification", section 3.3).
 
-    No window ever counts more than 1, and a full last window always counts 1, so a learning rate
-    means the same with each of them: one document's worth of loss in one step at most.
+    No window counts more than 1, and a full last window always counts 1. So a learning rate means
+    the same with each of them: one document's worth of loss in one step at most.
 
-    With a target per step the real steps themselves are what counts, each 1: `"per_window"`
-    takes every step, `"final_only"` and `"pooled"` those of the last window, and `"linear_gain"`
-    counts step t of a document of T as t / T.
+    With a target per step each real step counts 1. `"per_window"` counts every step,
+    `"final_only"` and `"pooled"` count the steps of the last window, and `"linear_gain"` counts
+    step t of a document of T as t / T.
 
     Args:
-        window_loss: One of `WINDOW_LOSSES`.
+        window_loss: str. One of `WINDOW_LOSSES`.
         x: The lane flags of a batch, each `[lanes]`: `"ends"`, `"lengths"`, `"positions"` and
             `"totals"` (see `DocumentWindows.dataset`).
-        window: int, steps in a window.
-        per_step: bool, whether there is a target per step.
+        window: int. Steps in a window.
+        per_step: bool. Whether there is a target per step. Defaults to False.
+        burn_in: int. The first windows of a document, counted in full windows, that count 0.
+            Defaults to 0.
 
     Returns:
-        float32 `[lanes]`, or with `per_step=True` `[lanes, window]`; zero for idle lanes and
+        float32 `[lanes]`, or with `per_step=True` `[lanes, window]`. Zero for idle lanes and
         padding.
+
+    Example:
+
+    ```python
+    x, y, weight = next(iter(windows.dataset(flags=True)))
+    share = keras_tbptt.losses.window_weights("linear_gain", x, window=30)  # [lanes]
+    ```
     """
-    real = tf.sequence_mask(x["lengths"], window, "float32") if per_step else None
+    totals = tf.maximum(x["totals"], 1)
     if check_window_loss(window_loss) in FINAL_LOSSES:
         weights = tf.cast(x["ends"], "float32")
-        return weights[:, None] * real if per_step else weights
-    totals = tf.maximum(x["totals"], 1)
+    elif per_step:
+        weights = tf.ones_like(totals, "float32")
+    else:
+        weights = tf.cast(x["lengths"] / tf.minimum(totals, window), "float32")
+    if burn_in:
+        counts = x["ends"] | (x["positions"] >= burn_in * window)
+        weights *= tf.cast(counts, "float32")
     if per_step:
-        if window_loss == "linear_gain":
-            read = x["positions"][:, None] + tf.range(1, window + 1)
-            real *= tf.cast(read / totals[:, None], "float32")
-        return real
-    weights = x["lengths"] / tf.minimum(totals, window)
+        weights = weights[:, None] * tf.sequence_mask(x["lengths"], window, "float32")
     if window_loss == "linear_gain":
-        weights *= (x["positions"] + x["lengths"]) / totals
-    return tf.cast(weights, "float32")
+        done = x["positions"] + x["lengths"]
+        if per_step:
+            done = x["positions"][:, None] + tf.range(1, window + 1)
+            totals = totals[:, None]
+        weights *= tf.cast(done / totals, "float32")
+    return weights

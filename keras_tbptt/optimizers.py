@@ -8,34 +8,40 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_tbptt._keras import OpenAdam
+
 
 @keras.saving.register_keras_serializable(package="keras_tbptt")
-class LazyAdam(keras.optimizers.Adam):
-    """Adam that leaves the rows of an embedding alone while their words are not read.
+class LazyAdam(OpenAdam):
+    """Adam that updates only the embedding rows used in the current batch.
 
-    Adam moves every row of an embedding at every step, since the momentum of a word that was read
-    once goes on for tens of steps. Lazy Adam updates momentum, velocity and weights of those rows
-    alone that have a gradient, which is not the same: for a word that is not in the window time
-    stands still. (The lazy variant of Keras's and TensorFlow's own documentation of Adam's "sparse
-    implementation", known as `LazyAdam` in TensorFlow Addons.) All other weights are updated as
-    Kingma and Ba 2015, "Adam: a method for stochastic optimization", algorithm 1, has it.
+    Adam moves every row of an embedding at every step, because the momentum of a word lasts for
+    tens of steps. Lazy Adam updates momentum, velocity and weights only of the rows that have a
+    gradient. This is not the same: for a word that is not in the window, time stands still. (It is
+    known as `LazyAdam` in TensorFlow Addons.) All other weights are updated as in Kingma and Ba
+    2015, "Adam: a method for stochastic optimization", algorithm 1.
 
-    A step costs time in proportion to the words that are read in it, not to the vocabulary.
+    The cost of a step grows with the words in it, not with the vocabulary.
 
     Args:
         learning_rate: As in `keras.optimizers.Adam`.
-        **kwargs: As in `keras.optimizers.Adam`. `amsgrad=True` is refused; `weight_decay` and
-            `use_ema` walk all rows, lazy or not.
+        **kwargs: As in `keras.optimizers.Adam`. `amsgrad=True` is refused. `weight_decay` and
+            `use_ema` update all rows all the same.
 
     Raises:
         ValueError: If `amsgrad=True`.
+
+    Example:
+
+    ```python
+    model.compile(keras_tbptt.optimizers.LazyAdam(1e-3, clipnorm=1.0), "binary_crossentropy")
+    ```
     """
 
     def __init__(self, learning_rate: Any = 0.001, **kwargs: Any):
         if kwargs.get("amsgrad"):
             raise ValueError(
-                "LazyAdam keeps no maximum of velocities: use keras.optimizers.Adam for it. "
-                "Received: amsgrad=True"
+                "LazyAdam has no amsgrad: use keras.optimizers.Adam for it. Received: amsgrad=True"
             )
         super().__init__(learning_rate, **kwargs)
 
@@ -50,12 +56,11 @@ class LazyAdam(keras.optimizers.Adam):
         if not isinstance(gradient, tf.IndexedSlices):
             super().update_step(gradient, variable, learning_rate)
             return
-        if self._distribution_strategy.num_replicas_in_sync > 1:
-            gradient = sum_slices(gradient)  # replicas may have read the same words
-        index = self._get_variable_index(variable)
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            gradient = sum_slices(gradient)  # replicas may share words
         dtype, rows = variable.dtype, gradient.indices
         values = tf.cast(gradient.values, dtype)
-        momentum, velocity = self._momentums[index].value, self._velocities[index].value
+        momentum, velocity = (slot.value for slot in self.slots(variable))
 
         step = tf.cast(self.iterations + 1, dtype)
         beta_1, beta_2 = tf.cast(self.beta_1, dtype), tf.cast(self.beta_2, dtype)
@@ -67,13 +72,18 @@ class LazyAdam(keras.optimizers.Adam):
         velocity.scatter_update(tf.IndexedSlices(v, rows))
         variable.scatter_sub(tf.IndexedSlices(rate * m / (tf.sqrt(v) + self.epsilon), rows))
 
-    def _clip_gradients(self, grads: Sequence[Any]) -> list[Any]:
+    def clip(self, gradients: Sequence[Any]) -> list[Any]:
+        """Clips gradients, for Keras: slices of the same row by their sum.
+
+        Args:
+            gradients: Tensors or `tf.IndexedSlices`.
+        """
         # Keras would make slices dense, or clip by the norm of a word's several slices.
-        grads = [sum_slices(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]
-        clipped = super()._clip_gradients([_values(g) for g in grads])
+        summed = [sum_slices(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients]
+        clipped = super().clip([_values(g) for g in summed])
         return [
             tf.IndexedSlices(c, g.indices, g.dense_shape) if isinstance(g, tf.IndexedSlices) else c
-            for g, c in zip(grads, clipped, strict=True)
+            for g, c in zip(summed, clipped, strict=True)
         ]
 
 

@@ -1,4 +1,4 @@
-"""The recurrent state of a model: find it, read it, set it, reset lanes, keep it apart."""
+"""The recurrent state of a model: find, get, set, reset and preserve it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import tensorflow as tf
 
 from keras_tbptt import _keras
 from keras_tbptt._masks import window_mask
+from keras_tbptt._tensors import of_rank
 
 
 def stateful_layers(model: keras.Model) -> list[keras.layers.RNN]:
     """Finds every stateful recurrent layer, in nested models and wrappers too.
 
-    LSTM, GRU, SimpleRNN, ConvLSTM and RNN of any cells, `StackedRNNCells` included; and any layer
-    that has what they have: `stateful`, `states` and `get_initial_state(batch_size)`.
+    These are LSTM, GRU, SimpleRNN, ConvLSTM and RNN of any cells, `StackedRNNCells` included, and
+    any other layer with `stateful`, `states` and `get_initial_state(batch_size)`.
 
     Args:
         model: A built `keras.Model`.
@@ -27,22 +28,21 @@ def stateful_layers(model: keras.Model) -> list[keras.layers.RNN]:
         The layers, in the order of the model.
 
     Raises:
-        ValueError: If there is none, or one reads backwards: what comes later than the window
-            cannot be carried into it.
+        ValueError: If there is none, or one runs backwards: later steps are not known yet.
     """
     found = []
     for layer in _keras.flatten_layers(model):
         if isinstance(layer, keras.layers.Bidirectional):
             raise ValueError(
                 "A Bidirectional layer cannot carry its state from window to window: its backward "
-                f"half reads steps that have not come yet. Use its forward layer alone. "
+                f"half needs steps that come later. Use its forward layer alone. "
                 f"Received: layer {layer.name!r} in model {model.name!r}"
             )
         if getattr(layer, "stateful", False) and hasattr(layer, "get_initial_state"):
             if getattr(layer, "go_backwards", False):
                 raise ValueError(
                     "A layer with go_backwards=True cannot carry its state from window to window: "
-                    "it reads the last step first. Build it with go_backwards=False. "
+                    "it runs the last step first. Build it with go_backwards=False. "
                     f"Received: layer {layer.name!r} in model {model.name!r}"
                 )
             if layer not in found:
@@ -80,7 +80,7 @@ def state_variables(model: keras.Model) -> list[keras.Variable]:
 
 
 def seed_variables(model: keras.Model) -> list[keras.Variable]:
-    """The states of all random generators that the model's layers draw from, dropout's for one.
+    """The states of all random generators of the model's layers, such as those of dropout.
 
     Args:
         model: A built `keras.Model`.
@@ -88,9 +88,8 @@ def seed_variables(model: keras.Model) -> list[keras.Variable]:
     Returns:
         Integer variables, each once.
     """
-    # A generator shared by two layers is listed by both.
-    generators = [g for layer in model._flatten_layers() for g in layer._seed_generators]
-    return list({id(g.state): g.state for g in generators}.values())
+    weights = {id(weight) for weight in model.weights}
+    return [variable for variable in model.variables if id(variable) not in weights]
 
 
 def initial_states(model: keras.Model, lanes: int | tf.Tensor | None = None) -> list[tf.Tensor]:
@@ -98,8 +97,7 @@ def initial_states(model: keras.Model, lanes: int | tf.Tensor | None = None) -> 
 
     Args:
         model: A built `keras.Model`.
-        lanes: Rows to make it for; a scalar integer tensor for a dynamic batch, None for the
-            model's own.
+        lanes: int or scalar integer tensor. The number of rows. Defaults to None: the model's own.
 
     Returns:
         Tensors `[lanes, ...]`, from each cell's `get_initial_state`: zeros in Keras's own cells.
@@ -115,8 +113,8 @@ def initial_states(model: keras.Model, lanes: int | tf.Tensor | None = None) -> 
 def get_states(model: keras.Model) -> list[np.ndarray]:
     """The state of every lane, as arrays that `set_states` takes.
 
-    Keras saves no state: keep these beside a stock model's file, with `np.savez(path, *states)`. A
-    `TBPTTModel` takes them into its own, with `save(path, include_states=True)`.
+    Keras does not save states. For a stock model, save these beside its file with
+    `np.savez(path, *states)`. A `TBPTTModel` has `save(path, include_states=True)`.
 
     Args:
         model: A built `keras.Model`.
@@ -151,29 +149,35 @@ def set_states(model: keras.Model, states: Sequence[Any]) -> None:
 
 
 def reset_states(model: keras.Model, lanes: Any = None) -> None:
-    """Puts lanes back to their initial state, and touches no other. Works inside a `tf.function`.
+    """Resets lanes to their initial state and leaves the others as they are.
 
-    Every state tensor of the lane is reset, an LSTM's c as well as its h (dm-haiku's `ResetCore`
-    is the model of this).
+    Every state tensor of a lane is reset, an LSTM's c as well as its h (as in dm-haiku's
+    `ResetCore`). The function works inside a `tf.function`.
 
     Args:
         model: A built `keras.Model`.
-        lanes: bool `[lanes]`, which lanes; None for all.
+        lanes: bool `[lanes]`. Which lanes. Defaults to None: all.
+
+    Example:
+
+    ```python
+    keras_tbptt.state.reset_states(model, [True, False, False, True])
+    ```
     """
     states = initial_states(model)
     for variable, initial in zip(state_variables(model), states, strict=True):
         if lanes is not None:
-            rows = tf.reshape(lanes, [-1] + [1] * (len(variable.shape) - 1))
+            rows = of_rank(lanes, len(variable.shape))
             initial = tf.where(rows, initial, variable.value)
         variable.assign(initial)
 
 
 @contextlib.contextmanager
 def preserve_states(model: keras.Model) -> Iterator[None]:
-    """Gives back, on leaving, the state that was there on entering, also after an error.
+    """Restores the state at the end of a `with` block, also after an error.
 
-    Wrap around anything that runs a stateful model and must not disturb its training:
-    validation, a prediction in a callback.
+    Use it around anything that runs a stateful model and must not disturb its training, such as
+    validation or a prediction in a callback.
 
     Args:
         model: A built `keras.Model`.
@@ -188,9 +192,8 @@ def preserve_states(model: keras.Model) -> Iterator[None]:
 def explicit_state(model: keras.Model) -> Callable:
     """The model as a pure function of its inputs and its state, with the same weights.
 
-    Exact gradients over several windows, streaming and export stand on it: gradients flow
-    through `states`, the batch may have any number of rows, and the model's own state is neither
-    read nor written.
+    Gradients flow through `states`, the batch may have any number of rows, and the model's own
+    state is not used. Exact gradients over several windows, streaming and export use this function.
 
     Args:
         model: A built `keras.Model` with stateful layers.
@@ -243,7 +246,7 @@ def _any_rows(tensor: tf.Tensor | None) -> tf.Tensor | None:
     tensor = tf.convert_to_tensor(tensor)
     if tensor.shape[0] is None:
         return tensor
-    return tf.compat.v1.placeholder_with_default(tensor, [None, *tensor.shape[1:]])
+    return tf.raw_ops.PlaceholderWithDefault(input=tensor, shape=[None, *tensor.shape[1:]])
 
 
 def call_masked(model: keras.Model, inputs: Any, training: bool, mask: tf.Tensor | None) -> Any:

@@ -1,4 +1,4 @@
-"""Raw strings -> ids: a thin use of TextVectorization, shared by training and serving."""
+"""Raw strings as ids, by one TextVectorization for training and serving."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ import numpy as np
 import tensorflow as tf
 
 _BATCH = 1024
-WORDLESS = "[UNK]"  # what a text without a word becomes: one unknown word
+WORDLESS = "[UNK]"  # what a text without a word becomes
 
 
 @keras.saving.register_keras_serializable(package="keras_tbptt")
 def standardize(texts: tf.Tensor) -> tf.Tensor:
-    """Lower case, without HTML tags or punctuation; an apostrophe joins, the rest separates.
+    """Converts texts to lower case and removes HTML tags and punctuation.
 
-    So do Unicode's spaces, line breaks and control characters.
-
-    A text with no word left becomes one unknown word, so that every text has a step to read.
-    Bytes that are not UTF-8 are replaced by U+FFFD.
+    Apostrophes are removed; all other punctuation becomes a space. So do Unicode's spaces, line
+    breaks and control characters. Bytes that are not UTF-8 become U+FFFD. A text without a word
+    becomes one unknown word, so that every text has at least one step.
 
     Args:
         texts: string tensor of any shape.
@@ -33,7 +32,7 @@ def standardize(texts: tf.Tensor) -> tf.Tensor:
     texts = tf.strings.lower(texts, encoding="utf-8")
     texts = tf.strings.regex_replace(texts, r"<[a-z/][^>]*>", " ")
     texts = tf.strings.regex_replace(texts, r"['\x{2019}]", "")
-    # Every line break of Unicode's, too: a vocabulary is saved as lines.
+    # Also every line break of Unicode, because a vocabulary is saved as lines.
     texts = tf.strings.regex_replace(texts, r"[[:punct:]\pZ\p{Cc}]+", " ")
     texts = tf.strings.strip(texts)
     return tf.where(texts == "", WORDLESS, texts)
@@ -45,8 +44,8 @@ def make_vectorizer(
     """Learns the vocabulary of texts.
 
     Args:
-        texts: The training texts, and no others: any str or bytes.
-        vocab_size: int, ids in all, with 0 for padding and 1 for unknown words.
+        texts: str or bytes `[documents]`. The training texts alone.
+        vocab_size: int. The number of ids, with 0 for padding and 1 for unknown words.
 
     Returns:
         A `TextVectorization` that turns strings `[batch]` into a `tf.RaggedTensor` of int64 ids
@@ -83,7 +82,7 @@ def encode(
 
 
 def _as_bytes(texts: Any) -> np.ndarray:
-    """Texts as an object array of bytes: NumPy's own strings are all as long as the longest."""
+    """Texts as an object array of bytes, because NumPy pads strings to the longest one."""
     array = np.asarray(texts, dtype=object)
     if array.ndim != 1 or not len(array):
         raise ValueError(
@@ -93,10 +92,10 @@ def _as_bytes(texts: Any) -> np.ndarray:
     for i, text in enumerate(array):
         if not isinstance(text, (str, bytes)):
             raise ValueError(
-                "Every text must be str or bytes: leave out what is missing, or make it ''. "
+                "Every text must be str or bytes: leave out missing texts, or replace them by ''. "
                 f"Received: texts[{i}]={text!r}"
             )
     result = np.empty(len(array), dtype=object)
-    # A lone surrogate is no UTF-8: it goes the way of other bytes that are not.
+    # A lone surrogate is not UTF-8. It is replaced later on, as other such bytes are.
     result[:] = [t.encode("utf-8", "surrogatepass") if isinstance(t, str) else t for t in array]
     return result

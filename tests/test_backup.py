@@ -1,5 +1,7 @@
-"""A training that is interrupted and goes on ends as though it had not been."""
+"""A training that is interrupted and resumed ends as though it had not been."""
 
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -14,11 +16,16 @@ from keras_tbptt.layers import ConcatPooling
 from keras_tbptt.state import get_states
 
 EPOCHS = 3
+# The callbacks that interrupt a run are missing when it is resumed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*these callbacks.*(Interrupt|Send)")
 
 
-def windows(count=23, seed=5, **kwargs):
+def windows(count=23, seed=5, lengths=None, **kwargs):
     kwargs = {"window": 5, "lanes": 4, "shuffle": True, "seed": seed, **kwargs}
-    return DocumentWindows(random_documents(count), random_labels(count), **kwargs)
+    documents = random_documents(count)
+    if lengths:
+        documents = [np.resize(document, lengths) for document in documents]
+    return DocumentWindows(documents, random_labels(count), **kwargs)
 
 
 def with_dropout(recurrent=None):
@@ -50,11 +57,11 @@ class InterruptAt(keras.callbacks.Callback):
 
     def __init__(self, windows):
         super().__init__()
-        self.left = windows
+        self._left = windows
 
     def on_train_batch_end(self, batch, logs=None):
-        self.left -= 1
-        if self.left == 0:
+        self._left -= 1
+        if self._left == 0:
             raise Interruption
 
 
@@ -66,33 +73,40 @@ class InterruptInValidation(keras.callbacks.Callback):
 class Training:
     """One model, its data and callbacks; made anew for every piece, as a process would."""
 
-    def __init__(self, folder, stock=False, layers=None, steps_per_execution=1, model=None, **data):
+    def __init__(
+        self, folder, stock=False, layers=None, model=None, optimizer=None, compiled=None, **data
+    ):
         self.stock = stock
         cls = keras.Model if stock else TBPTTModel
         seed = int(np.random.default_rng().integers(1000))  # what a checkpoint does not bring back
         layers = layers or with_dropout()
         self.model = token_model(cls=cls, seed=seed, layers=layers, **(model or {}))
         self.model.compile(
-            keras.optimizers.Adam(0.01, clipnorm=1.0),
-            "binary_crossentropy",
-            weighted_metrics=["accuracy"],
-            steps_per_execution=steps_per_execution,
+            optimizer or keras.optimizers.Adam(0.01, clipnorm=1.0),
+            **{
+                "loss": "binary_crossentropy",
+                "weighted_metrics": ["accuracy"],
+                **(compiled or {}),
+            },
         )
         self.train = windows(**data)
-        self.valid = windows(9, shuffle=False, window=self.train.window)
+        self.valid = windows(
+            9, lengths=data.get("lengths"), shuffle=False, window=self.train.window
+        )
         self.folder = folder
 
-    def fit(self, *more, epochs=EPOCHS, remembered=(), **backup):
-        train, valid, callbacks = self.train, self.valid, [*remembered]
+    def fit(self, *more, epochs=EPOCHS, before=(), every_windows=3, **kwargs):
+        train, valid, callbacks = self.train, self.valid, [*before]
         if self.stock:
             callbacks.append(ResetStates(self.train, validation=self.valid))
             train, valid = train.dataset(), valid.dataset()
-        backup = {"every_windows": 3, "every_seconds": None, "callbacks": remembered, **backup}
-        self.backup = ExactBackup(self.folder, self.train, **backup)
+        self.backup = ExactBackup(
+            self.folder, self.train, every_windows=every_windows, every_seconds=None
+        )
         callbacks += [self.backup, *more]
         self.history = self.model.fit(
             train, validation_data=valid, epochs=epochs, verbose=0, shuffle=False,
-            callbacks=callbacks,
+            callbacks=callbacks, **kwargs,
         )  # fmt: skip
         return self
 
@@ -111,7 +125,7 @@ def assert_same(one, other):
 SETTINGS = {
     "packed": {},
     "aligned": {"packing": "aligned", "model": {"window_loss": "final_only"}},
-    "several steps in one execution": {"steps_per_execution": 4},
+    "several steps in one execution": {"compiled": {"steps_per_execution": 4}},
     "stock": {"stock": True},
     "two layers, GRU": {"layers": with_dropout(two_layers)},
     "reach 3": {"model": {"backprop_windows": 3}},
@@ -137,7 +151,7 @@ def test_a_training_that_was_interrupted_ends_as_one_that_was_not(setting, tmp_p
     steps = len(whole.train)
     assert steps > 8
 
-    executions = -(-steps // setting.get("steps_per_execution", 1))
+    executions = -(-steps // whole.model.steps_per_execution)
     for interruption in (InterruptAt(executions - 1), InterruptInValidation()):
         with pytest.raises(Interruption):
             Training(tmp_path / "start", **setting).fit(interruption)
@@ -153,25 +167,143 @@ def test_a_training_that_is_over_is_not_done_again(tmp_path):
     assert longer.history.epoch == [0, 1, 2, 3]
 
 
-def test_other_callbacks_remember_what_they_are_given_to(tmp_path):
-    def remembering():
-        return [
-            keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True),
-            keras.callbacks.ReduceLROnPlateau("val_loss", patience=1, factor=0.5, min_delta=0.1),
-        ]
-
+def begin(folder, tmp_path, **setting):
+    """Two copies of a checkpoint of the beginning: one for the whole run, one for its pieces."""
+    before = setting.pop("before", list)
     with pytest.raises(Interruption):
-        Training(tmp_path / "a").fit(InterruptAt(1), remembered=remembering())
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    whole = Training(tmp_path / "a").fit(epochs=9, remembered=remembering())
+        Training(tmp_path / folder, **setting).fit(InterruptAt(1), before=before())
+    shutil.copytree(tmp_path / folder, tmp_path / f"{folder}-whole")
+    return tmp_path / folder, tmp_path / f"{folder}-whole"
+
+
+def stoppers():
+    return [
+        keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True),
+        keras.callbacks.ReduceLROnPlateau("val_loss", patience=1, factor=0.5, min_delta=0.1),
+    ]
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_the_other_callbacks_of_the_fit_are_resumed_too(stock, tmp_path):
+    pieces_of, whole_of = begin("a", tmp_path, stock=stock, before=stoppers)
+    whole = Training(whole_of, stock=stock).fit(epochs=9, before=stoppers())
     steps = len(whole.train)
     for at in (steps + 2, steps + 4):
         with pytest.raises(Interruption):
-            Training(tmp_path / "b").fit(InterruptAt(at), epochs=9, remembered=remembering())
-    pieces = Training(tmp_path / "b").fit(epochs=9, remembered=remembering())
+            Training(pieces_of, stock=stock).fit(InterruptAt(at), epochs=9, before=stoppers())
+    pieces = Training(pieces_of, stock=stock).fit(epochs=9, before=stoppers())
     assert_same(whole, pieces)
-    stopped = Training(tmp_path / "b").fit(epochs=9, remembered=remembering())
-    assert stopped.history.epoch == whole.history.epoch
+    stopped = Training(pieces_of, stock=stock).fit(epochs=9, before=stoppers())
+    assert_same(whole, stopped)
+
+
+def test_more_epochs_after_the_best_weights_are_warned_of(tmp_path):
+    def best():  # which is always the first epoch
+        stop = keras.callbacks.EarlyStopping(
+            "loss", min_delta=99, patience=99, restore_best_weights=True
+        )
+        return [stop]
+
+    Training(tmp_path).fit(epochs=2, before=best())
+    Training(tmp_path).fit(epochs=2, before=best())
+    with pytest.warns(UserWarning, match=r"replaced the weights.*Received: .*epochs=3"):
+        Training(tmp_path).fit(epochs=3, before=best())
+
+
+class Counter(keras.callbacks.Callback):
+    """Counts windows and epochs; the first argument is no memory."""
+
+    def __init__(self, step=1):
+        super().__init__()
+        self.step, self.windows, self.epochs = step, 0, np.float32(0)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.windows += self.step
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epochs += np.float32(1)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_callback_sees_each_window_and_epoch_once(after, tmp_path):
+    def fit(counters, *more, **kwargs):
+        where = {"before": [] if after else counters}
+        Training(tmp_path).fit(*(counters if after else []), *more, **where, **kwargs)
+
+    for at in (1, 5, 8):  # begins; is resumed at window 0; in the middle
+        with pytest.raises(Interruption):
+            fit([Counter(), Counter(10)], InterruptAt(at))
+    counters = [Counter(), Counter(10)]
+    fit(counters)
+    steps = len(windows())
+    assert [c.windows for c in counters] == [EPOCHS * steps, 10 * EPOCHS * steps]
+    assert [f"{c.epochs:.1f}" for c in counters] == [f"{EPOCHS:.1f}"] * 2
+    longer = [Counter(), Counter(10)]
+    fit(longer, epochs=EPOCHS + 1)
+    assert [c.windows for c in longer] == [(EPOCHS + 1) * steps, 10 * (EPOCHS + 1) * steps]
+    assert [c.epochs for c in longer] == [EPOCHS + 1] * 2
+
+
+def test_a_schedule_that_builds_on_the_rate_is_applied_once_an_epoch(tmp_path):
+    def halving():
+        return [keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)]
+
+    pieces_of, whole_of = begin("a", tmp_path, before=halving)
+    whole = Training(whole_of).fit(before=halving())
+    with pytest.raises(Interruption):
+        Training(pieces_of).fit(
+            InterruptAt(len(whole.train) + 1), before=halving(), every_windows=1
+        )
+    assert_same(whole, Training(pieces_of).fit(before=halving()))
+    longer = Training(pieces_of).fit(epochs=EPOCHS + 1, before=halving())
+    assert float(longer.model.optimizer.learning_rate) == pytest.approx(0.01 / 2 ** (EPOCHS + 1))
+
+
+def test_a_callback_that_is_missing_is_named_and_a_new_one_begins_fresh(tmp_path):
+    with pytest.raises(Interruption):
+        Training(tmp_path).fit(InterruptAt(4), before=stoppers())
+    with pytest.warns(UserWarning, match="callbacks.*differs.*'ReduceLROnPlateau'") as warned:
+        Training(tmp_path).fit(before=[Counter(), stoppers()[0]])
+    assert "EarlyStopping" not in str(warned[0].message)
+
+
+class Awkward(keras.callbacks.Callback):
+    """Holds what cannot be saved, and a file that is open only while training runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.objects = np.array([object()])
+        self.file = None
+
+    def on_train_begin(self, logs=None):
+        self.file = open(os.devnull, "w")
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.file.write("an epoch")
+
+    def on_train_end(self, logs=None):
+        self.file.close()
+        self.file = None
+
+
+def test_what_cannot_be_saved_of_a_callback_does_not_get_in_the_way(tmp_path):
+    Training(tmp_path).fit(before=[Awkward()], epochs=1)
+    Training(tmp_path).fit(before=[Awkward()], epochs=2)
+
+
+def test_a_checkpoint_of_version_0_1_is_refused_in_a_sentence(tmp_path):
+    Training(tmp_path).fit(epochs=1)
+    for file in tmp_path.glob("*/about.json"):
+        about = json.loads(file.read_text())
+        old = {"epoch": 1, "window": 0, "windows_epoch": 1, "belongs_to": about["belongs_to"]}
+        old |= {"versions": about["versions"], "stopped": False, "history": [[], {}]}
+        file.write_text(json.dumps(old | {"callbacks": []}))
+        sums = file.with_name("SHA256SUMS")
+        lines = [line for line in sums.read_text().splitlines() if "about.json" not in line]
+        lines.append(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  about.json")
+        sums.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"written by another version.*Received"):
+        Training(tmp_path).fit()
 
 
 @pytest.mark.parametrize(
@@ -181,9 +313,9 @@ def test_other_callbacks_remember_what_they_are_given_to(tmp_path):
         ({"window": 7, "model": {"window": 7}}, "window=7"),
         ({"seed": 6}, "seed=6"),
         ({"packing": "aligned"}, "packing='aligned'"),
-        ({"layers": token_layers()}, "a variable of shape"),
+        ({"layers": token_layers()}, "layers="),
         ({"model": {"window_loss": "final_only"}}, "window_loss='final_only'"),
-        ({"steps_per_execution": 2}, "steps_per_execution=2"),
+        ({"compiled": {"steps_per_execution": 2}}, "steps_per_execution=2"),
     ],
 )
 def test_a_checkpoint_of_another_training_is_refused_by_name(change, named, tmp_path):
@@ -192,6 +324,289 @@ def test_a_checkpoint_of_another_training_is_refused_by_name(change, named, tmp_
     with pytest.raises(ValueError, match=f"belongs to another training.*{named}"):
         Training(tmp_path, **change).fit()
     assert sorted(tmp_path.rglob("*")) == there
+
+
+def changed(dropout=0.3, mask_zero=True, activation="sigmoid", names=("a", "b"), l2=0.0, seed=1):
+    """The layers of `with_dropout`, with everything that a user may change between two runs."""
+
+    def build(tokens):
+        x = keras.layers.Embedding(40, 6, mask_zero=mask_zero, name=names[0])(tokens)
+        x = keras.layers.Dropout(dropout, seed=seed)(x)
+        x = keras.layers.LSTM(5, stateful=True, kernel_regularizer=keras.regularizers.L2(l2))(x)
+        start = keras.initializers.RandomNormal(seed=seed)
+        dense = keras.layers.Dense(1, activation=activation, kernel_initializer=start)
+        return keras.layers.Activation("linear", name=names[1])(dense(x))
+
+    return build
+
+
+CONFIGURATIONS = {
+    "dropout": ({"dropout": 0.5}, r"rate=0\.5 of Dropout 'dropout(_\d+)?' \(the checkpoint: 0\.3"),
+    "mask": ({"mask_zero": False}, r"mask_zero=False of Embedding 'a' \(the checkpoint: True"),
+    "activation": ({"activation": "tanh"}, r"activation='tanh' of Dense .*'sigmoid'"),
+    "nested": ({"l2": 0.1}, r"l2=0\.1 of L2 .*0\.0"),
+}
+
+
+@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize("change", CONFIGURATIONS)
+def test_another_configuration_of_a_layer_is_refused_by_name(change, stock, tmp_path):
+    change, named = CONFIGURATIONS[change]
+    setting = {"stock": stock, "model": {"window_loss": "per_window"} if not stock else None}
+    # Without padding no mask is needed.
+    lengths = {"lengths": 5}
+    Training(tmp_path, layers=changed(), **setting, **lengths).fit(epochs=1)
+    with pytest.raises(ValueError, match=f"belongs to another training.*{named}"):
+        Training(tmp_path, layers=changed(**change), **setting, **lengths).fit()
+
+
+def test_names_and_seeds_do_not_make_another_training(tmp_path):
+    Training(tmp_path, layers=changed()).fit(epochs=1)
+    other = Training(tmp_path, layers=changed(names=("c", "d"), seed=2)).fit(epochs=1)
+    assert other.backup.resumed_from
+
+
+def test_the_wiring_and_nested_models_belong_to_the_configuration(tmp_path):
+    def wired(swapped, rate, inner="inner"):
+        def build(tokens):
+            x = keras.layers.Embedding(40, 6, mask_zero=True)(tokens)
+            x = keras.layers.LSTM(4, stateful=True)(x)
+            steps = keras.Input((4,))
+            block = keras.Model(steps, keras.layers.Dropout(rate)(steps), name=inner)
+            one, other = keras.layers.Dense(2)(block(x)), keras.layers.Dense(2)(x)
+            pair = [other, one] if swapped else [one, other]
+            return keras.layers.Dense(1, activation="sigmoid")(keras.layers.Subtract()(pair))
+
+        return build
+
+    Training(tmp_path, layers=wired(False, 0.1)).fit(epochs=1)
+    assert Training(tmp_path, layers=wired(False, 0.1, "x")).fit(epochs=1).backup.resumed_from
+    with pytest.raises(ValueError, match=r"inbound_nodes.* of Dense"):
+        Training(tmp_path, layers=wired(True, 0.1)).fit()
+    with pytest.raises(ValueError, match=r"rate=0\.2 of Dropout"):
+        Training(tmp_path, layers=wired(False, 0.2)).fit()
+
+
+def test_a_lambda_is_known_by_its_code(tmp_path):
+    def last(function):
+        def build(tokens):
+            return keras.layers.Lambda(function)(token_layers()(tokens))
+
+        return build
+
+    Training(tmp_path, layers=last(lambda x: x * 0.5)).fit(epochs=1)
+    again = Training(tmp_path, layers=last(lambda x: x * 0.5)).fit(epochs=1)  # on another line
+    assert again.backup.resumed_from
+    with pytest.raises(ValueError, match=r"function=.* of Lambda"):
+        Training(tmp_path, layers=last(lambda x: x * 0.6)).fit()
+
+
+COMPILED = [
+    ({"loss": "mse"}, None, "loss='mse'"),
+    ({"loss": keras.losses.BinaryCrossentropy(label_smoothing=0.1)}, None, "loss=BinaryCross"),
+    ({"weighted_metrics": ["mse"]}, None, "weighted_metrics='mse'"),
+    ({}, "sgd", "optimizer='SGD'"),
+    ({}, keras.optimizers.Adam(0.01, clipnorm=1.0, amsgrad=True), "amsgrad=True of Adam"),
+]
+
+
+@pytest.mark.parametrize(("compiled", "optimizer", "named"), COMPILED)
+def test_another_loss_metric_or_optimizer_is_refused_by_name(compiled, optimizer, named, tmp_path):
+    Training(tmp_path).fit(epochs=1)
+    with pytest.raises(ValueError, match=f"belongs to another training.*{named}"):
+        Training(tmp_path, compiled=compiled, optimizer=optimizer).fit()
+
+
+def test_a_model_without_a_configuration_is_known_by_its_variables(tmp_path):
+    class Own(keras.Model):
+        def get_config(self):
+            raise NotImplementedError
+
+    train = windows()
+
+    def fit(units):
+        layers = token_layers(lambda: keras.layers.LSTM(units, stateful=True))
+        model = token_model(cls=Own, layers=layers)
+        model.compile("sgd", "binary_crossentropy")
+        callbacks = [ResetStates(train), ExactBackup(tmp_path, train)]
+        model.fit(train.dataset(), verbose=0, shuffle=False, callbacks=callbacks)
+
+    fit(5)
+    with pytest.raises(ValueError, match=r"belongs to another.*a variable of shape \[6, 24\]"):
+        fit(6)
+
+
+def test_a_new_learning_rate_takes_precedence_over_the_checkpoint(tmp_path):
+    with pytest.raises(Interruption):
+        Training(tmp_path).fit(InterruptAt(5))
+    new = Training(tmp_path, optimizer=keras.optimizers.Adam(0.001, clipnorm=1.0))
+    named = r"differs from an uninterrupted run.*learning_rate=0\.001 of Adam.*0\.01"
+    with pytest.warns(UserWarning, match=named), pytest.raises(Interruption):
+        new.fit(InterruptAt(8))
+    assert float(new.model.optimizer.learning_rate) == np.float32(0.001)
+    same = Training(tmp_path, optimizer=keras.optimizers.Adam(0.001, clipnorm=1.0)).fit()
+    assert float(same.model.optimizer.learning_rate) == np.float32(0.001)
+
+
+def test_the_same_learning_rate_keeps_what_a_callback_made_of_it(tmp_path):
+    def lowering():
+        return [keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.005 if epoch else rate)]
+
+    Training(tmp_path).fit(epochs=2, before=lowering())
+    other = Training(tmp_path, optimizer=keras.optimizers.Adam(0.01, clipnorm=0.5))
+    for epochs in (2, 3):  # in the same process, it is 0.005 before the second `fit`
+        with pytest.warns(UserWarning, match=r"clipnorm=0\.5 of Adam.*1\.0") as warned:
+            other.fit(epochs=epochs, before=lowering())
+        assert "learning_rate" not in str(warned[0].message)
+        assert float(other.model.optimizer.learning_rate) == np.float32(0.005)
+    other.fit(epochs=4, before=lowering())
+
+
+def test_a_rate_and_a_schedule_may_take_each_others_place(tmp_path):
+    def decay(steps):
+        return keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.01, steps))
+
+    with pytest.raises(Interruption):
+        Training(tmp_path, optimizer=decay(30)).fit(InterruptAt(5))
+    assert Training(tmp_path, optimizer=decay(30)).fit(epochs=1).backup.resumed_from
+    with pytest.warns(UserWarning, match=r"number of epochs.*decay_steps=40 of CosineDecay"):
+        Training(tmp_path, optimizer=decay(40)).fit(epochs=2)
+    with pytest.warns(UserWarning, match=r"learning_rate=0\.002 of Adam.*CosineDecay"):
+        constant = Training(tmp_path, optimizer=keras.optimizers.Adam(0.002)).fit(epochs=3)
+    assert float(constant.model.optimizer.learning_rate) == np.float32(0.002)
+    with pytest.warns(UserWarning, match="learning_rate=CosineDecay of Adam"):
+        Training(tmp_path, optimizer=decay(40)).fit(epochs=4)
+
+
+def test_after_a_loss_that_is_not_finite_a_lower_rate_goes_on(tmp_path):
+    setting = {"layers": token_layers(outputs=keras.layers.Dense(1)), "compiled": {"loss": "mse"}}
+    training = Training(tmp_path, optimizer=keras.optimizers.SGD(1e30), **setting)
+    with pytest.raises(FloatingPointError, match="lower learning_rate"):
+        training.fit()
+    training.model.optimizer.learning_rate = 0.01  # in the same process
+    with pytest.warns(UserWarning, match=r"learning_rate=0\.01 of SGD.*1e\+30"):
+        training.fit(epochs=1)
+    assert np.isfinite(training.history.history["loss"]).all()
+    assert float(training.model.optimizer.learning_rate) == np.float32(0.01)
+
+
+def scaled(rate=0.01):
+    inner = keras.optimizers.Adam(rate, clipnorm=1.0)
+    return keras.optimizers.LossScaleOptimizer(inner, 2.0**10, dynamic_growth_steps=5)
+
+
+def test_a_loss_scale_is_resumed(tmp_path):
+    with pytest.raises(Interruption):
+        Training(tmp_path / "start", optimizer=scaled()).fit(InterruptAt(1))
+    for name in ("whole", "twice"):
+        shutil.copytree(tmp_path / "start", tmp_path / name)
+    whole = Training(tmp_path / "whole", optimizer=scaled()).fit()
+    optimizer = whole.model.optimizer
+    steps = EPOCHS * len(whole.train)
+    assert optimizer.dynamic_scale == 2.0 ** (10 + steps // 5)
+    assert optimizer.step_counter == steps % 5
+    own, inner = 4, 2 + 2 * len(whole.model.trainable_variables)
+    assert len(optimizer.variables) == own + inner
+    with pytest.raises(Interruption):
+        Training(tmp_path / "start", optimizer=scaled()).fit(InterruptAt(14))
+    assert_same(whole, Training(tmp_path / "start", optimizer=scaled()).fit())
+
+    twice = Training(tmp_path / "twice", optimizer=scaled())
+    twice.fit(epochs=1)
+    twice.fit()
+    assert_same(whole, twice)
+    with pytest.warns(UserWarning, match=r"learning_rate=0\.001 of Adam"):
+        lower = Training(tmp_path / "twice", optimizer=scaled(0.001)).fit()
+    assert float(lower.model.optimizer.inner_optimizer.learning_rate) == np.float32(0.001)
+
+
+def test_mixed_float16_is_resumed(tmp_path):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        pieces_of, whole_of = begin("a", tmp_path)
+        whole = Training(whole_of).fit()
+        with pytest.raises(Interruption):
+            Training(pieces_of).fit(InterruptAt(5))
+        assert_same(whole, Training(pieces_of).fit())
+    finally:
+        keras.config.set_dtype_policy("float32")
+    with pytest.raises(ValueError, match=r"dtype='float32' of Embedding.*'mixed_float16'"):
+        Training(tmp_path / "a").fit()
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_seed_that_was_drawn_is_taken_from_the_checkpoint(stock, tmp_path):
+    pieces_of, whole_of = begin("a", tmp_path, stock=stock, seed=None)
+    whole = Training(whole_of, stock=stock, seed=None).fit()
+    with pytest.raises(Interruption):
+        Training(pieces_of, stock=stock, seed=None).fit(InterruptAt(5))
+    pieces = Training(pieces_of, stock=stock, seed=None)
+    drawn = pieces.train.seed
+    pieces.fit()
+    assert pieces.train.seed == whole.train.seed != drawn
+    assert_same(whole, pieces)
+    refused = Training(tmp_path / "a", stock=stock, seed=None, count=24)
+    drawn = refused.train.seed
+    with pytest.raises(ValueError, match="data="):
+        refused.fit()
+    assert refused.train.seed == drawn
+
+
+def test_an_epoch_of_other_steps_is_refused(tmp_path):
+    steps = len(windows())
+    for other in (steps - 1, steps + 1, 2 * steps):
+        with pytest.raises(
+            ValueError, match=f"steps_per_epoch.*{steps} windows.*Received.*{other}"
+        ):
+            Training(tmp_path).fit(steps_per_epoch=other)
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_steps_of_an_epoch_may_be_given(tmp_path):
+    # There are six windows, which are all read ahead of training.
+    data = {"count": 7, "lanes": 4}
+    pieces_of, whole_of = begin("a", tmp_path, **data)
+    whole = Training(whole_of, **data).fit()
+    steps = {"steps_per_epoch": len(whole.train)}
+    with pytest.raises(Interruption):
+        Training(pieces_of, **data).fit(InterruptAt(len(whole.train) + 3), every_windows=1, **steps)
+    assert_same(whole, Training(pieces_of, **data).fit(**steps))
+
+
+def test_the_checkpoint_takes_precedence_over_initial_epoch(tmp_path):
+    pieces_of, whole_of = begin("a", tmp_path)
+    whole = Training(whole_of).fit()
+    with pytest.raises(Interruption):
+        Training(pieces_of).fit(InterruptAt(4), initial_epoch=2)
+    assert_same(whole, Training(pieces_of).fit(initial_epoch=2))
+
+    late = Training(tmp_path / "late").fit(initial_epoch=1)
+    assert late.history.epoch == [1, 2]
+    assert_same(late, Training(tmp_path / "late").fit())
+    none = Training(tmp_path / "none").fit(initial_epoch=3)
+    assert none.history.epoch == [] and not (tmp_path / "none").exists()
+
+
+def test_fewer_epochs_than_the_checkpoint_has_are_refused(tmp_path):
+    Training(tmp_path / "over").fit(epochs=2)
+    with pytest.raises(Interruption):
+        Training(tmp_path / "within").fit(InterruptAt(len(windows()) + 4))
+    for folder in ("over", "within"):
+        with pytest.raises(ValueError, match=r"epochs=2 or more.*Received: epochs=1"):
+            Training(tmp_path / folder).fit(epochs=1)
+
+
+def test_an_error_while_windows_are_skipped_leaves_the_next_fit_alone(tmp_path):
+    with pytest.raises(Interruption):
+        Training(tmp_path).fit(InterruptAt(8))
+    training = Training(tmp_path)
+    with pytest.raises(Interruption):
+        training.fit(InterruptAt(2))
+    before = training.model.get_weights()
+    history = training.model.fit(training.train, initial_epoch=0, epochs=1, verbose=0)
+    assert history.epoch == [0]
+    assert any((a != b).any() for a, b in zip(before, training.model.get_weights(), strict=True))
+    assert int(training.model.optimizer.iterations) == 6 + len(training.train)
 
 
 def flip(file):
@@ -342,7 +757,7 @@ def test_a_save_that_fails_is_a_warning_until_there_is_no_other(tmp_path, monkey
 
     write = ExactBackup(tmp_path, training.train).directory.write
     with (
-        pytest.warns(UserWarning, match="could not be saved.*No space left.*Training goes on"),
+        pytest.warns(UserWarning, match="could not be saved.*No space left.*Training continues"),
         pytest.raises(OSError, match="could not be saved"),
     ):
         training.fit(Patch(), epochs=1)
@@ -356,3 +771,24 @@ def test_a_save_that_fails_is_a_warning_until_there_is_no_other(tmp_path, monkey
 def test_bad_arguments_are_refused(argument, tmp_path):
     with pytest.raises(ValueError, match="Received"):
         ExactBackup(tmp_path, **{"windows": windows(), **argument})
+
+
+def test_targets_per_step_without_an_axis_of_one_are_resumed(tmp_path):
+    def fit(folder, *callbacks):
+        keras.utils.set_random_seed(1)
+        tokens = keras.Input(batch_shape=(4, 5), dtype="int32")
+        x = keras.layers.Embedding(40, 6)(tokens)
+        x = keras.layers.LSTM(5, stateful=True, return_sequences=True)(x)
+        model = TBPTTModel(tokens, keras.layers.Dense(1)(x))
+        model.compile("sgd", "mse")
+        documents = random_documents()
+        targets = [np.cos(d) for d in documents]
+        train = DocumentWindows(documents, targets, per_step=True, window=5, lanes=4, seed=0)
+        backup = ExactBackup(folder, train, every_windows=3, every_seconds=None)
+        model.fit(train, epochs=2, verbose=0, callbacks=[backup, *callbacks])
+        return model.get_weights()
+
+    with pytest.raises(Interruption):
+        fit(tmp_path / "pieces", InterruptAt(7))
+    for one, other in zip(fit(tmp_path / "pieces"), fit(tmp_path / "whole"), strict=True):
+        np.testing.assert_array_equal(one, other)

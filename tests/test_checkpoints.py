@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_tbptt.checkpoints import CheckpointDirectory, DamagedCheckpointError
+from keras_tbptt.callbacks._checkpoints import CheckpointDirectory, DamagedCheckpointError
 
 FILES = ["SHA256SUMS", "about.json", "arrays.npz", "variables.data-00000-of-00001"]
 FILES.append("variables.index")
@@ -28,6 +28,14 @@ def test_what_was_written_is_read(tmp_path):
     about = directory.read_about(path)
     assert about["value"] == 7
     np.testing.assert_array_equal(about["a"], np.arange(7))
+
+
+@pytest.mark.parametrize("value", [0.5, np.float32(0.5), np.int64(7), np.bool_(True), float("inf")])
+def test_a_number_stays_a_number(value, tmp_path):
+    directory = CheckpointDirectory(tmp_path, keep=1)
+    path = directory.write("one", variables(7), {"value": [value]})
+    (read,) = directory.read_about(path)["value"]
+    assert type(read) is type(value) and read == value
 
 
 def test_the_last_few_stay(tmp_path):

@@ -29,7 +29,7 @@ from keras_tbptt.client import (
     grpc_request,
     rest_request,
 )
-from keras_tbptt.export import write_models_config
+from keras_tbptt.serving.export import write_models_config
 from keras_tbptt.text import make_vectorizer
 
 TEXT = "a b c d e f g h i j k l m n o p"

@@ -6,7 +6,7 @@ import pytest
 from toys import random_documents, token_model
 
 import keras_tbptt
-from keras_tbptt.serving import StreamState
+from keras_tbptt.serving._stream import StreamState
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("tf2onnx")
@@ -91,3 +91,25 @@ def test_an_output_with_a_name_of_the_stream_s_own_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=f"named '{name}'.*rename.*Received: outputs"):
         keras_tbptt.export_onnx(keras.Model(tokens, outputs), tmp_path / "new" / "m.onnx")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # of the converter
+def test_a_stock_sequential_model_is_exported_too(tmp_path):
+    layers = [
+        keras.layers.Embedding(40, 6, mask_zero=True),
+        keras.layers.LSTM(5, stateful=True),
+        keras.layers.Dense(1, activation="sigmoid"),
+    ]
+    stock = keras.Sequential([keras.Input(batch_shape=(4, 5), dtype="int32"), *layers])
+    twin = token_model()
+    twin.set_weights(stock.get_weights())
+    session = onnxruntime.InferenceSession(keras_tbptt.export_onnx(stock, tmp_path / "m.onnx"))
+    request = {
+        "ids": np.array([[1, 2, 3]], "int32"),
+        "lengths": np.array([3], "int32"),
+        "state": np.zeros((1, StreamState(twin).width), "float32"),
+        "start": np.array([True]),
+    }
+    names = [output.name for output in session.get_outputs()]
+    got = dict(zip(names, session.run(None, request), strict=True))["probability"]
+    np.testing.assert_allclose(got, twin.predict_documents([[1, 2, 3]]), atol=1e-6)

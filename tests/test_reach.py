@@ -5,9 +5,9 @@ import tensorflow as tf
 from toys import VOCAB, random_documents, random_labels, weights_of
 
 from keras_tbptt import DocumentWindows, TBPTTModel
+from keras_tbptt._reach import WindowHistory
 from keras_tbptt.layers import LSTM, ConcatPooling
 from keras_tbptt.losses import window_weights
-from keras_tbptt.reach import WindowHistory
 from keras_tbptt.state import explicit_state, initial_states, seed_variables
 
 L = keras.layers

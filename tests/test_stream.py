@@ -5,7 +5,7 @@ import tensorflow as tf
 from toys import VOCAB, random_documents, token_layers, token_model
 
 import keras_tbptt
-from keras_tbptt.serving import signatures
+from keras_tbptt.serving._signatures import signatures
 from keras_tbptt.text import encode, make_vectorizer
 
 L = keras.layers
@@ -131,6 +131,7 @@ def bad_requests():
     return {
         "ids` must lie between 0 and 39": ("tokens", ids + 40, lengths),
         "ids` must lie between 0": ("tokens", ids - 5, lengths),
+        "`ids` must be at least 1": ("tokens", tf.constant([[3, 0]]), lengths),
         "lengths` must lie between 1": ("tokens", ids, lengths - 2),
         "lengths` must lie": ("tokens", ids, lengths + 1),
         "ids` and `lengths` must have the same number": ("tokens", ids, tf.constant([2, 2])),
@@ -181,3 +182,13 @@ def test_a_request_of_another_rank_is_refused_by_name(vectorizer, tmp_path):
             loaded.signatures[signature](**request)
     answer = loaded.signatures["serving_default"](text=text)["probability"]
     assert np.isfinite(answer).all()
+
+
+def test_ids_are_checked_against_a_nested_embedding_too():
+    nested = lambda ids: L.LSTM(3, stateful=True)(  # noqa: E731
+        keras.Sequential([L.Embedding(40, 6), L.Dense(4)])(ids)
+    )
+    serve = signatures(token_model(layers=nested), None)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="ids` must lie between 0 and 39"):
+        serve["tokens"](tf.constant([[3, 40]]), tf.constant([2]))
+    assert serve["tokens"](tf.constant([[3, 0]]), tf.constant([2]))  # 0 is an id like any other

@@ -96,7 +96,7 @@ def test_one_long_text_does_not_make_all_of_them_long(strange):
         ([], "at least one text.*shape \\(0,\\)"),
         ("a text", "a flat list.*Received: str"),
         ([["a", "b"]], "a flat list.*shape \\(1, 2\\)"),
-        (["a", None], "leave out what is missing.*Received: texts\\[1\\]=None"),
+        (["a", None], "leave out missing texts.*Received: texts\\[1\\]=None"),
         (["a", 1.5], "must be str or bytes.*Received: texts\\[1\\]=1.5"),
     ],
 )

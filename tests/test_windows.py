@@ -11,10 +11,10 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import random_documents, random_labels, token_model
+from toys import random_documents, random_labels, token_layers, token_model
 
-from keras_tbptt import DocumentWindows
-from keras_tbptt import documents as forms
+from keras_tbptt import DocumentWindows, TBPTTModel
+from keras_tbptt.data import _documents as forms
 
 
 def batches(windows, **kwargs):
@@ -181,7 +181,7 @@ def test_a_batch_holds_what_its_docstring_says():
     )
     (x0, y0, w0), (x1, _, w1) = batches(windows, flags=True)
     assert len(windows) == 2 and windows.num_steps == 5
-    assert windows.packing_efficiency == 5 / 12
+    assert windows.packing_efficiency == 5 / 12 and windows.batch_shape == x0["inputs"].shape
     np.testing.assert_array_equal(x0["inputs"], [[3, 1], [1, 5], [3, 0]])  # the third lane is idle
     np.testing.assert_array_equal(x1["inputs"], [[4, 0], [3, 0], [3, 0]])
     np.testing.assert_array_equal(x0["starts"], [True, True, False])
@@ -308,7 +308,11 @@ def test_features_and_targets_per_step():
     targets = [d.sum(axis=1, keepdims=True) for d in documents]
     windows = DocumentWindows(documents, targets, per_step=True, window=5, lanes=4)
     for x, y, weight in batches(windows, flags=True):
-        assert x["inputs"].shape == (4, 5, 3) and y.shape == (4, 5, 1) and weight.shape == (4, 5)
+        assert (
+            x["inputs"].shape == windows.batch_shape == (4, 5, 3)
+            and y.shape == (4, 5, 1)
+            and weight.shape == (4, 5)
+        )
         real = np.arange(5) < x["lengths"][:, None]
         np.testing.assert_allclose((x["inputs"].sum(-1) - y[..., 0])[real], 0, atol=1e-6)
         np.testing.assert_array_equal(weight[real], 1)
@@ -365,6 +369,67 @@ def test_labels_may_be_vectors_and_a_dict_of_outputs():
     for _, y, weight in batches(windows, flags=True):
         busy = weight > 0
         np.testing.assert_array_equal(y["b"][busy, 0], 2 * y["a"][busy])
+
+
+def two_outputs(model, per_step):
+    """A compiled model with a list of outputs."""
+    lstm = lambda: keras.layers.LSTM(5, stateful=True, return_sequences=per_step)  # noqa: E731
+    heads = lambda x: [keras.layers.Dense(n, name=name)(x) for name, n in (("a", 1), ("b", 2))]  # noqa: E731
+    model = token_model(cls=model, layers=token_layers(lstm, heads))
+    model.compile("sgd", ["mse", "mae"], weighted_metrics=[["mae"], ["mse"]])
+    return model
+
+
+@pytest.mark.parametrize("model", [TBPTTModel, keras.Model])
+@pytest.mark.parametrize("form", ["list", "offsets", "dataset"])
+@pytest.mark.parametrize("per_step", [False, True])
+def test_a_tuple_of_labels_serves_a_list_of_outputs(model, form, per_step):
+    documents = random_documents()
+    flat, offsets = np.concatenate(documents), np.cumsum([0, *map(len, documents)])
+    a, b = flat[:, None] * 1.0, np.stack([flat, -flat], 1) * 2.0
+    if not per_step:
+        a, b = a[: len(documents)], b[: len(documents)]
+    rows = lambda t: np.split(t, offsets[1:-1]) if per_step else t  # noqa: E731
+    arguments = dict(window=5, lanes=4, per_step=per_step)
+    if form == "offsets":
+        windows = DocumentWindows(flat, (a, b), offsets=offsets, **arguments)
+    elif form == "list":
+        windows = DocumentWindows(documents, (rows(a), rows(b)), **arguments)
+    else:
+        steps = [None] if per_step else []
+        signature = (
+            tf.TensorSpec([None], "int32"),
+            (tf.TensorSpec([*steps, 1], "float32"), tf.TensorSpec([*steps, 2], "float32")),
+        )
+        pairs = lambda: zip(documents, zip(rows(a), rows(b), strict=True), strict=True)  # noqa: E731
+        pairs = tf.data.Dataset.from_generator(pairs, output_signature=signature)
+        windows = DocumentWindows(pairs, **arguments)
+    named = DocumentWindows(documents, {"a": rows(a), "b": rows(b)}, **arguments)
+    for (_, y, _), (_, expected, _) in zip(batches(windows), batches(named), strict=True):
+        assert isinstance(y, tuple) and len(y) == 2
+        np.testing.assert_array_equal(y[0], expected["a"])
+        np.testing.assert_array_equal(y[1], expected["b"])
+
+    def losses(windows):
+        keras.utils.set_random_seed(1)
+        trained = two_outputs(model, per_step)
+        x = windows.dataset(flags=model is TBPTTModel)
+        return trained.fit(x, shuffle=False, verbose=0, epochs=2).history
+
+    got, expected = losses(windows), losses(named)
+    assert got == expected and len(got) >= 4 and np.std(got["loss"]) > 0
+
+
+def test_a_list_or_a_tuple_with_one_entry_per_document_is_labels():
+    documents = [[1], [2], [3]]
+    for labels, expected in (((4, 5, 6), [4, 5, 6]), (([4, 0], [5, 0], [6, 0]), None)):
+        for form in (list, tuple):
+            windows = DocumentWindows(documents, form(labels), window=1, lanes=3)
+            ((_, y, _),) = batches(windows)
+            np.testing.assert_array_equal(y, labels if expected is None else expected)
+    targets = ([4], [5], [6])
+    windows = DocumentWindows(documents, targets, window=1, lanes=3, per_step=True)
+    np.testing.assert_array_equal(batches(windows)[0][1], targets)
 
 
 @pytest.mark.parametrize("packing", ["packed", "aligned"])
@@ -474,6 +539,17 @@ def test_idle_lanes_are_well_formed():
         ({"labels": [1]}, "one label per document"),
         ({"labels": [1, np.nan]}, "finite numbers"),
         ({"labels": [[1, 2, 3], [1]], "per_step": True}, "one target per step"),
+        ({"labels": [[1, 2], [1]]}, "per_step=True"),
+        ({"labels": [np.ones(2), np.ones(1)]}, "per_step=True"),
+        ({"labels": tf.ragged.constant([[1, 2], [1]])}, "per_step=True"),
+        ({"labels": {"a": [[1, 2], [1]]}}, r"labels\['a'\].*per_step=True"),
+        ({"labels": ["yes", "no"]}, "keras.layers.StringLookup.*return_inverse=True"),
+        ({"labels": np.array(["yes", "no"], object)}, "StringLookup"),
+        ({"labels": [["a", "b"], ["a"]], "per_step": True}, "StringLookup"),
+        ({"labels": [[[1], [2, 3]], [[1]]], "per_step": True}, "alike but for T"),
+        ({"documents": [[1, 2], [[3], [4, 5]]]}, "alike but for T"),
+        ({"documents": [[1]] * 3, "labels": [[0, 1, 0], [1, 0, 1]]}, "tuple of arrays"),
+        ({"labels": ([0, 1], [1, np.nan])}, r"labels\[1\].*finite numbers"),
         ({"weights": [1, -1]}, "one finite number >= 0 per document"),
         ({"window": 0}, "`window` must be an integer >= 1"),
         ({"lanes": 0}, "`lanes` must be an integer >= 1"),

@@ -137,8 +137,8 @@ def test_a_full_disk_loses_nothing(tmp_path):
     )
     _, errors = process.communicate()
     assert process.returncode == 1 and "Traceback" not in errors, errors
-    assert "Training goes on, and tries again" in errors
-    assert "could not be saved; those before it are as they were" in errors.splitlines()[-1]
+    assert "Training continues, and tries again" in errors
+    assert "could not be saved; the earlier ones are unchanged" in errors.splitlines()[-1]
     assert backups() == before
     assert not list((tmp_path / "run" / "backup").glob(".*"))
     finish(start(*flags))

@@ -1,4 +1,4 @@
-"""The forms in which documents arrive -> one flat array and offsets, checked."""
+"""Converts every form of documents to one flat array with offsets, and checks it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-# Elements looked at together, so that checking a memmap never reads it into memory whole.
+# Elements checked at a time, because a memmap may be larger than memory.
 _CHUNK = 1 << 22
 _INT32 = np.iinfo("int32")
 
@@ -53,11 +53,11 @@ def flatten(
                 f"length {len(values)}. Received: offsets={_short(offsets)}"
             )
     else:
-        arrays = [np.asarray(document) for document in documents]
+        arrays = [as_array(document) for document in documents]
         if not arrays:
             raise ValueError(f"`{name}` must hold at least one document. Received: no documents")
-        shapes = {array.shape[1:] for array in arrays}
-        if any(array.ndim == 0 for array in arrays) or len(shapes) > 1:
+        shapes = {"ragged" if array is None else array.shape[1:] for array in arrays}
+        if len(shapes) > 1 or "ragged" in shapes or any(array.ndim == 0 for array in arrays):
             raise ValueError(
                 f"`{name}` must be arrays `[T]` of ids or `[T, F]` of features, alike but for T. "
                 f"Received: shapes of a step={sorted(shapes, key=str)}"
@@ -73,11 +73,6 @@ def flatten(
             f"Every document must have at least one step: drop the empty ones, or give them one "
             f"padding step. Received: {len(empty)} empty, the first of them "
             f"`{name}[{empty[0]}]`"
-        )
-    if values.dtype.kind not in "biuf":
-        raise ValueError(
-            f"`{name}` must be integers or floats; turn text into ids first, for example with "
-            f"`keras_tbptt.text`. Received: dtype={values.dtype}"
         )
     return values, offsets
 
@@ -126,8 +121,7 @@ def _unpad(documents: Any, offsets: Any, lengths: Any, name: str) -> tuple[np.nd
             f"Give `lengths` for one padded array `[documents, longest, ...]`, or `offsets` for a "
             f"flat one, not both. Received: lengths and offsets for `{name}`"
         )
-    ragged = isinstance(documents, tf.RaggedTensor)
-    padded = None if ragged else _rectangular(documents)
+    padded = as_array(documents)
     if padded is None or padded.ndim < 2:
         raise ValueError(
             f"With `lengths`, `{name}` must be one padded array `[documents, longest, ...]`. A "
@@ -149,11 +143,15 @@ def _unpad(documents: Any, offsets: Any, lengths: Any, name: str) -> tuple[np.nd
     return padded[real], np.append(0, np.cumsum(lengths, dtype="int64"))
 
 
-def _rectangular(documents: Any) -> np.ndarray | None:
-    """The documents as one array of numbers, or None if their lengths differ."""
+def as_array(values: Any) -> np.ndarray | None:
+    """The values as one array, or None if they are ragged.
+
+    Args:
+        values: Numbers, nested lists or arrays of them, or a tensor.
+    """
     try:
-        return np.asarray(documents)
-    except ValueError:
+        return None if isinstance(values, tf.RaggedTensor) else np.asarray(values)
+    except ValueError:  # NumPy's "inhomogeneous shape"
         return None
 
 
@@ -166,7 +164,7 @@ def read_dataset(dataset: tf.data.Dataset, labels: Any) -> tuple[Any, Any]:
 
     Returns:
         The documents: a list, or one array if the dataset's own spec gives all of them one length.
-        The labels: None, a list, or a dict of lists.
+        The labels: None, a list, or for several outputs a dict or a tuple of lists.
 
     Raises:
         ValueError: If the dataset is infinite, or labels come twice.
@@ -191,30 +189,41 @@ def read_dataset(dataset: tf.data.Dataset, labels: Any) -> tuple[Any, Any]:
     if not paired:
         return documents, labels
     ys = [row[1] for row in rows]
-    if isinstance(dataset.element_spec[1], Mapping):
-        return documents, {key: [y[key] for y in ys] for key in dataset.element_spec[1]}
+    spec = dataset.element_spec[1]
+    if isinstance(spec, Mapping):
+        return documents, {key: [y[key] for y in ys] for key in spec}
+    if isinstance(spec, tuple):
+        return documents, tuple([y[i] for y in ys] for i in range(len(spec)))
     return documents, ys
 
 
-def check_values(values: np.ndarray, name: str, least: int = _INT32.min) -> None:
-    """Refuses numbers that a batch cannot hold, and what would train to nonsense.
+def check_values(values: np.ndarray, name: str, ids: bool = False) -> None:
+    """Refuses what is not a number, what a batch cannot hold, and what would train to nonsense.
 
     Args:
-        values: Integers or floats `[rows, ...]`.
+        values: `[rows, ...]`.
         name: str. The argument's name in an error.
-        least: int. The least integer allowed. Defaults to that of int32.
+        ids: bool. Whether integers are ids. Defaults to False.
 
     Raises:
-        ValueError: If a float is NaN, infinite or too large for float32, or an integer is less than
-            `least` or too large for int32.
+        ValueError: If a value is not a number, a float is NaN, infinite or too large for float32,
+            an integer is too large for int32, or an id is negative.
     """
+    if values.dtype.kind not in "biuf":
+        remedy = (
+            "turn text into ids first, for example with keras_tbptt.text"
+            if ids
+            else "turn class names into indices with keras.layers.StringLookup or "
+            "np.unique(names, return_inverse=True)[1]"
+        )
+        raise ValueError(f"`{name}` must be numbers: {remedy}. Received: dtype={values.dtype}")
     for start, part in chunks(values):
         if part.dtype.kind == "f":
             with np.errstate(over="ignore"):
                 bad, what = ~np.isfinite(narrow(part)), "finite numbers that fit float32"
         else:
-            bad = (part < least) | (part > _INT32.max)
-            what = "ids >= 0 that fit int32" if least == 0 else "integers that fit int32"
+            bad = (part < (0 if ids else _INT32.min)) | (part > _INT32.max)
+            what = "ids >= 0 that fit int32" if ids else "integers that fit int32"
         if bad.any():
             where = tuple(np.argwhere(bad)[0])
             raise ValueError(
@@ -260,7 +269,7 @@ def fingerprint(arrays: Iterable[np.ndarray]) -> str:
 
 
 def first_nonzero(values: np.ndarray, default: int) -> int:
-    """The first row that is not all zeros, or `default` where there is none.
+    """The first row that is not all zeros, or `default` if there is none.
 
     Args:
         values: `[rows, ...]`.

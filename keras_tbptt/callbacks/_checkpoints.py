@@ -1,4 +1,4 @@
-"""A directory of checkpoints, each of which is there whole or not at all."""
+"""A directory of checkpoints, each of which is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt._files import partial_directory
+
 _SUMS = "SHA256SUMS"
 _PARTIAL = ".partial-"
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint is not what was written: truncated, changed or incomplete."""
+    """A checkpoint differs from what was written: it is truncated, changed or incomplete."""
 
 
 class CheckpointDirectory:
     """The last few checkpoints of a training.
 
-    A checkpoint is a directory of its own: the variables as `tf.train.Checkpoint` writes them,
-    `about.json`, `arrays.npz`, and `SHA256SUMS` over them all, which `sha256sum -c` reads. It is
-    written beside its place, brought to the disk, and renamed; whatever stops that leaves the
-    checkpoints before it as they were.
+    A checkpoint is a directory with the variables as `tf.train.Checkpoint` writes them,
+    `about.json`, `arrays.npz`, and `SHA256SUMS` of all these files, which `sha256sum -c` checks. It
+    is written to a temporary sibling, synchronised with the disk, and renamed. An interruption
+    therefore leaves the earlier checkpoints unchanged.
 
     Args:
-        path: The directory; made when the first checkpoint is written.
-        keep: int >= 1, how many checkpoints stay.
+        path: str or path. The directory. It is created with the first checkpoint.
+        keep: int >= 1. How many checkpoints are kept.
     """
 
     def __init__(self, path: str | os.PathLike, keep: int):
@@ -40,7 +41,7 @@ class CheckpointDirectory:
         self.keep = keep
 
     def newest_first(self) -> list[pathlib.Path]:
-        """The checkpoints that are there, by name, the last one first."""
+        """Lists the paths of the checkpoints, in descending order of their names."""
         if not self.path.is_dir():
             return []
         there = [p for p in self.path.iterdir() if p.is_dir() and not p.name.startswith(".")]
@@ -52,59 +53,63 @@ class CheckpointDirectory:
         variables: Sequence[tf.Variable],
         about: Mapping[str, Any],
     ) -> pathlib.Path:
-        """Writes a checkpoint, and deletes those that are too many then.
+        """Writes a checkpoint, and deletes the oldest ones beyond `keep`.
 
         Args:
-            name: Its name, later than all before it in the order of strings.
-            variables: What it holds, in this order.
-            about: What can be written as JSON, and arrays anywhere in it.
+            name: str. The name of the checkpoint. It must sort after all earlier names.
+            variables: A sequence of `tf.Variable`, in the order in which they are restored.
+            about: A dict of whatever JSON can hold, with arrays and NumPy numbers anywhere in it.
 
         Returns:
-            Its path.
+            The path of the checkpoint.
 
         Raises:
-            OSError: If it cannot be written; nothing is changed then.
+            OSError: If it cannot be written. The directory is unchanged then.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         for abandoned in self.path.glob(f"{_PARTIAL}*"):  # by a process that was killed
             shutil.rmtree(abandoned, ignore_errors=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.path))
         final = self.path / name
         try:
-            tf.train.Checkpoint(variables=list(variables)).write(str(partial / "variables"))
-            arrays: dict[str, np.ndarray] = {}
-            text = json.dumps(_packed(about, arrays), indent=1)
-            (partial / "about.json").write_text(text, encoding="utf-8")
-            np.savez(partial / "arrays.npz", **arrays)
-            lines = [f"{_digest(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
-            (partial / _SUMS).write_text("".join(lines), encoding="utf-8")
-            for file in (*partial.iterdir(), partial):
-                _bring_to_disk(file)
-            if final.exists():  # of a run that went on from before it
-                shutil.rmtree(final)
-            partial.rename(final)
-            _bring_to_disk(self.path)
+            with partial_directory(self.path, _PARTIAL) as partial:
+                self._fill(partial, variables, about)
+                if final.exists():  # of a run that was resumed from an earlier checkpoint
+                    shutil.rmtree(final)
+                partial.rename(final)
+                _synchronise(self.path)
         except tf.errors.OpError as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"{error.message}") from error
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
         for old in self.newest_first()[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
         return final
 
+    def _fill(
+        self,
+        partial: pathlib.Path,
+        variables: Sequence[tf.Variable],
+        about: Mapping[str, Any],
+    ) -> None:
+        tf.train.Checkpoint(variables=list(variables)).write(str(partial / "variables"))
+        arrays: dict[str, np.ndarray] = {}
+        text = json.dumps(_packed(about, arrays), indent=1)
+        (partial / "about.json").write_text(text, encoding="utf-8")
+        np.savez(partial / "arrays.npz", **arrays)
+        lines = [f"{_digest(file)}  {file.name}\n" for file in sorted(partial.iterdir())]
+        (partial / _SUMS).write_text("".join(lines), encoding="utf-8")
+        for file in (*partial.iterdir(), partial):
+            _synchronise(file)
+
     def read_about(self, checkpoint: pathlib.Path) -> dict[str, Any]:
-        """Makes sure that a checkpoint is what was written.
+        """Checks every file of a checkpoint against its checksum, and reads `about`.
 
         Args:
-            checkpoint: Its path.
+            checkpoint: The path of the checkpoint.
 
         Returns:
-            What was given as `about`.
+            The dict that `write` was given as `about`. Tuples have become lists.
 
         Raises:
-            DamagedCheckpointError: If it is not; the message says which file.
+            DamagedCheckpointError: If a file is missing or changed. The message names it.
         """
         try:
             lines = (checkpoint / _SUMS).read_text(encoding="utf-8").splitlines()
@@ -112,7 +117,7 @@ class CheckpointDirectory:
         except (OSError, ValueError) as error:
             raise DamagedCheckpointError(f"{_SUMS} cannot be read") from error
         if not {"about.json", "arrays.npz", "variables.index"} <= sums.keys():
-            raise DamagedCheckpointError(f"{_SUMS} is not whole")
+            raise DamagedCheckpointError(f"{_SUMS} is incomplete")
         for name, digest in sums.items():
             try:
                 same = _digest(checkpoint / name) == digest
@@ -125,11 +130,11 @@ class CheckpointDirectory:
             return _unpacked(json.loads(text), dict(arrays))
 
     def restore(self, checkpoint: pathlib.Path, variables: Sequence[tf.Variable]) -> None:
-        """Gives variables the values that a checkpoint holds.
+        """Assigns the values of a checkpoint to variables.
 
         Args:
-            checkpoint: Its path.
-            variables: In the order in which they were written.
+            checkpoint: The path of the checkpoint.
+            variables: A sequence of `tf.Variable`, in the order in which they were written.
         """
         status = tf.train.Checkpoint(variables=list(variables)).read(str(checkpoint / "variables"))
         status.assert_consumed()
@@ -140,7 +145,7 @@ def _digest(file: pathlib.Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _bring_to_disk(path: pathlib.Path) -> None:
+def _synchronise(path: pathlib.Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -149,7 +154,7 @@ def _bring_to_disk(path: pathlib.Path) -> None:
 
 
 def _packed(value: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """As JSON, with arrays put aside."""
+    """What JSON can hold, with arrays replaced by their names in `arrays`."""
     if isinstance(value, dict):
         return {name: _packed(v, arrays) for name, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -164,7 +169,8 @@ def _packed(value: Any, arrays: dict[str, np.ndarray]) -> Any:
 def _unpacked(value: Any, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, dict):
         if value.keys() == {"__array__"}:
-            return arrays[value["__array__"]]
+            # The index turns an array without dimensions into the number that it was.
+            return arrays[value["__array__"]][()]
         return {name: _unpacked(v, arrays) for name, v in value.items()}
     if isinstance(value, list):
         return [_unpacked(v, arrays) for v in value]

@@ -1,4 +1,4 @@
-"""Signals that wait for training to be saved."""
+"""Signals that are deferred until the training state is saved."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import keras
 
 
 class DeferredSignals:
-    """SIGTERM and Ctrl-C while a model trains, put off until there is time for them.
+    """Defers SIGTERM and Ctrl-C while a model trains.
 
-    A second signal, or one after a training that an error ended, does at once what it would have
-    done without.
+    A second signal takes effect immediately, and so does a signal after `fit` has ended in an
+    error.
 
     Attributes:
-        received: The number of the signal that waits, or None.
+        received: int or None. The number of the deferred signal.
     """
 
     _last: DeferredSignals | None = None
@@ -31,18 +31,18 @@ class DeferredSignals:
 
     @property
     def installed(self) -> bool:
-        """Whether signals are put off now."""
+        """Whether signals are deferred now."""
         return bool(self._previous)
 
     def install(self, model: keras.Model) -> None:
-        """Puts signals off, as long as `model.fit` runs.
+        """Defers signals as long as `model.fit` runs.
 
         Args:
-            model: The model that trains.
+            model: The `keras.Model` that is being trained.
         """
         last = DeferredSignals._last
         if last is not None and not last._is_training(inspect.currentframe()):
-            last.restore()  # its training ended in an error
+            last.restore()  # because its `fit` ended in an error
         DeferredSignals._last = self
         self.received = None
         self._model = model
@@ -53,14 +53,14 @@ class DeferredSignals:
                 self._previous[number] = signal.signal(number, self._receive)
 
     def restore(self) -> None:
-        """Gives the handlers back that were there before."""
+        """Restores the handlers that were installed before."""
         self._handlers.update(self._previous)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
 
     def pass_on(self) -> None:
-        """Lets the signal do what it would have done."""
+        """Lets the deferred signal take effect."""
         if self.received is None:
             return
         number, self.received = self.received, None
@@ -74,7 +74,7 @@ class DeferredSignals:
         if self.received is None and self._is_training(frame):
             self.received = number
             return
-        # The second, or long after a training that an error ended: what it would have done, now.
+        # This is the second signal, or `fit` has ended in an error.
         self.restore()
         os.kill(os.getpid(), number)
 

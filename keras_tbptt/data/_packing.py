@@ -1,4 +1,4 @@
-"""Which stretch of which document each lane reads in each window: the plan of an epoch."""
+"""The plan of an epoch: which steps of which document each lane processes in each window."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ IDLE = -1
 
 @dataclass(frozen=True)
 class Plan:
-    """What each lane reads in each window of an epoch; arrays are int32 `[steps, lanes]`.
+    """What each lane processes in each window of an epoch; arrays are int32 `[windows, lanes]`.
 
     Attributes:
         document: The index of the document, or -1 where the lane is idle.
-        begin: Where in the document the stretch of it begins that is read; 0 if it is read whole.
-        offset: Steps of the stretch that come before the window.
+        begin: The first step of the document's stretch; 0 if the epoch has the whole document.
+        offset: Steps of the stretch before the window.
         length: Real steps of the window; 0 where the lane is idle.
         total: Steps of the whole stretch; 0 where the lane is idle.
     """
@@ -31,28 +31,28 @@ class Plan:
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
-        """bool `[steps, lanes]`: the window begins a document."""
+        """bool `[windows, lanes]`: whether the window begins a document."""
         return (self.document != IDLE) & (self.offset == 0)
 
     @functools.cached_property
     def ends(self) -> np.ndarray:
-        """bool `[steps, lanes]`: the window ends a document."""
+        """bool `[windows, lanes]`: whether the window ends a document."""
         return (self.document != IDLE) & (self.offset + self.length == self.total)
 
 
 class Packing:
-    """Lays documents out over lanes, in the same number of windows whatever their order.
+    """Distributes documents over lanes, in the same number of windows whatever their order.
 
-    Documents are sorted by their count of windows, and places are dealt to that sorted list
-    once. An epoch's order only permutes documents of equal count among their places, and the
-    order in which places are read, so no epoch is longer than another.
+    Documents are sorted by their number of windows, and this sorted list gets its places once. An
+    epoch permutes only documents of equal number among their places, and the order of the places,
+    so every epoch has the same length.
 
     Args:
-        lengths: int `[documents]`, steps of each document, all >= 1.
-        window: int >= 1, steps in a window.
-        lanes: int >= 1, rows of the batch.
-        mean_window: int >= 2: windows have random lengths around it; None for full windows.
-        stretch: int >= 1: windows that are read of a longer document in an epoch; None for all.
+        lengths: ints `[documents]` >= 1. Steps of each document.
+        window: int >= 1. Steps in a window.
+        lanes: int >= 1. Rows of the batch.
+        mean_window: int >= 2. The mean of random window lengths. Defaults to None: full windows.
+        stretch: int >= 1. Windows that an epoch has of a longer document. Defaults to None: all.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class Packing:
         """The plan of one epoch.
 
         Args:
-            seed: `(seed, epoch)`, on which all that is drawn depends.
-            shuffle: bool, whether the documents take a new order.
+            seed: `(seed, epoch)`. Every draw depends on these alone.
+            shuffle: bool. Whether the documents take a new order.
         """
         order, rank = self.order, None
         if shuffle:
@@ -115,7 +115,7 @@ class Packing:
         return plan
 
     def _deal(self) -> int:
-        """Deals places to the sorted documents; returns the windows in an epoch."""
+        """Gives places to the sorted documents; returns the number of windows in an epoch."""
         raise NotImplementedError
 
     def _lay_out(self, order: np.ndarray, rank: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -128,9 +128,9 @@ def _draw_lengths(
 ) -> np.ndarray:
     """Random lengths of windows: int64 `[sum of counts]`, `counts[i]` that sum to `totals[i]`.
 
-    Drawn as in Merity et al. 2018, "Regularizing and optimizing LSTM language models", section 4.1,
-    in proportion: normal around `mean` with a deviation of mean * 5 / 70, and around half of it
-    one time in twenty; then scaled to the document.
+    The draws follow Merity et al. 2018, "Regularizing and optimizing LSTM language models", section
+    4.1, in proportion: normal around `mean` with a standard deviation of mean * 5 / 70, and one
+    time in twenty around half of it. They are then scaled to the document.
     """
     cells = int(counts.sum())
     normal, angle, chance = (_uniform(cells, *seed, stream) for stream in range(3))
@@ -158,16 +158,16 @@ def _draw_lengths(
 
 
 def _uniform(count: int, *seed: int) -> np.ndarray:
-    """Floats in [0, 1), the same with every version of NumPy (see `Packing.plan`)."""
+    """Floats in [0, 1) that are the same in every version of NumPy (see `Packing.plan`)."""
     return (np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count) >> 11) * 2.0**-53
 
 
 class Packed(Packing):
-    """Lanes run on independently: where a document ends, the next begins.
+    """Lanes run on independently: when a document ends, the next begins.
 
-    Documents are dealt longest first, each to the lane with the least to read (Graham 1969,
-    "Bounds on multiprocessing timing anomalies", section 3), so all lanes finish together but
-    for about a window.
+    The longest document comes first, and each goes to the lane with the fewest windows (Graham
+    1969, "Bounds on multiprocessing timing anomalies", section 3), so all lanes end within about a
+    window of each other.
     """
 
     def _deal(self) -> int:

@@ -1,14 +1,10 @@
-"""A drop-in `keras.layers.LSTM` with a loop of its own for CPUs."""
+"""The loop of `LSTM` for CPUs, with a backward pass of its own."""
+
+from __future__ import annotations
 
 import os
 
-import keras
-import numpy as np
 import tensorflow as tf
-
-from keras_tbptt.pooling import ConcatPooling
-
-__all__ = ["LSTM", "ConcatPooling"]
 
 # Steps without any loop; as a whole that is so much graph to build and to optimise.
 _UNROLLED = 32
@@ -20,131 +16,11 @@ _UNROLLED_IN_LOOP = 16
 # Below this many lanes a matrix product is too thin to be worth a thread of its own.
 _LANES_PER_GROUP = 8
 
-# What makes a gate 0 or 1 to the last bit, unless all else that its neuron adds up is thousands.
-_SHUT = 1e4
+# A bias that saturates a gate to exactly 0 or 1, as long as its other inputs stay well below 1e4.
+SHUT = 1e4
 
 
-@keras.saving.register_keras_serializable(package="keras_tbptt")
-class LSTM(keras.layers.LSTM):
-    """Long Short-Term Memory layer with a loop of its own for CPUs.
-
-    A drop-in for `keras.layers.LSTM`: the same arguments, weights, states and masks, and the same
-    results to float32 rounding. On a CPU it replaces Keras's loop with one that
-
-    - has one matrix product a step in each direction, and one for the gradients of all weights of
-      tens of steps: inputs and outputs are joined, the bias is the weight of an input that is one,
-      and the mask an input, too, which shuts the input gate and opens the forget gate;
-    - keeps lanes side by side in memory and units below each other (`(units, batch)`), so that
-      these products read the weights along their rows: elsewhere a step of 256 units jumps
-      through memory by powers of two, in which the lines of a cache displace each other;
-    - has its backward pass written by hand;
-    - has tens of steps in one iteration, since TensorFlow's loop costs as much as a step does;
-    - splits a batch of known size into groups of lanes that run side by side on the cores, since
-      products this small do not scale over threads.
-
-    What that loop cannot do exactly as Keras does is left to Keras: activations other than the
-    defaults, `recurrent_dropout`, `unroll=True`, `mixed_float16`, and everything when there is
-    a GPU, where Keras uses cuDNN. Gradients of gradients raise an error: use
-    `keras.layers.LSTM` for those.
-
-    The layer takes TensorFlow's thread settings as it finds them.
-
-    Args:
-        units: Positive integer, dimensionality of the output space.
-        **kwargs: Any other argument of `keras.layers.LSTM`.
-
-    Call arguments:
-        sequences: A float tensor of shape `(batch, timesteps, features)`. Batch and timesteps may
-            be unknown until run time. Integers and booleans are cast to the compute dtype.
-        initial_state: List of two tensors of shape `(batch, units)`, the output and the cell
-            state. Defaults to the layer's own state if `stateful`, else to zeros.
-        mask: Boolean tensor of shape `(batch, timesteps)`. A step that is `False` leaves the
-            states as they are. Defaults to `None`: every step counts.
-        training: Whether `dropout` applies. Defaults to `False`.
-
-    Returns:
-        As `keras.layers.LSTM`: the last output `(batch, units)`, or with `return_sequences` all
-        of them `(batch, timesteps, units)`; followed by the two states with `return_state`.
-
-    Reference:
-
-    - [Hochreiter and Schmidhuber, 1997](https://www.bioinf.jku.at/publications/older/2604.pdf)
-    """
-
-    def inner_loop(
-        self,
-        sequences: tf.Tensor,
-        initial_state: list[tf.Tensor],
-        mask: tf.Tensor | list[tf.Tensor] | None,
-        training: bool = False,
-    ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
-        """Runs the steps of one call; `keras.layers.RNN.call` wraps it.
-
-        Args:
-            sequences: Float, integer or boolean tensor `(batch, timesteps, features)`.
-            initial_state: Output and cell state, each `(batch, units)`.
-            mask: Boolean tensor `(batch, timesteps)`, or `None`.
-            training: Whether `dropout` applies.
-
-        Returns:
-            The last output, all outputs (or only the last, with a time axis of one, unless
-            `return_sequences`), and the list of the two final states.
-        """
-        if not self._is_fast():
-            return super().inner_loop(sequences, initial_state, mask, training=training)
-        if isinstance(mask, (list, tuple)):
-            mask = mask[0]
-        # Keras casts only floats when it calls a layer; its matrix product casts the rest.
-        sequences = tf.cast(sequences, self.cell.compute_dtype)
-        if training and 0.0 < self.dropout < 1.0:
-            sequences *= self.cell.get_dropout_mask(sequences[:, 0])[:, None]
-        if mask is not None:
-            mask = tf.cast(mask, "bool")
-        if self.go_backwards:
-            sequences = tf.reverse(sequences, [1])
-            mask = None if mask is None else tf.reverse(mask, [1])
-
-        weights = self._joined_weights(masked=mask is not None)
-        outputs, h, c = _in_groups(sequences, *initial_state, mask, weights, self.return_sequences)
-        last = h
-        if mask is not None:
-            # The state carried in shows in no output: before a lane's first step Keras gives zeros.
-            seen = mask if self.zero_output_for_mask else _cumulative_any(mask)
-            last = tf.where(seen[:, -1:], h, 0.0)
-            if self.return_sequences:
-                outputs = tf.where(seen[..., None], outputs, 0.0)
-        return last, outputs if self.return_sequences else last[:, None], [h, c]
-
-    def _joined_weights(self, masked: bool) -> tf.Tensor:
-        """The weights of all that a step reads: the rows of `_lstm`'s `weights`."""
-        rows = [self.cell.kernel]
-        if masked:
-            shut = np.repeat([-_SHUT, _SHUT, 0.0, 0.0], self.units)  # Keras's order: i, f, g, o
-            rows.append(shut[None])
-        if self.use_bias:
-            rows.append(self.cell.bias[None])
-        rows.append(self.cell.recurrent_kernel)
-        return tf.concat([keras.ops.convert_to_tensor(r, self.compute_dtype) for r in rows], 0)
-
-    def _is_fast(self) -> bool:
-        """Whether the loop of its own computes exactly what Keras would."""
-        return (
-            self.activation is keras.activations.tanh
-            and self.recurrent_activation is keras.activations.sigmoid
-            and self.cell.implementation == 2  # Keras sets 1 for recurrent dropout.
-            and self.cell.compute_dtype in ("float32", "float64", "bfloat16")
-            and not self.unroll
-            and self.use_cudnn is not True
-            and not tf.config.list_logical_devices("GPU")
-        )
-
-
-def _cumulative_any(mask: tf.Tensor) -> tf.Tensor:
-    """Whether any step so far was unmasked, `(batch, timesteps)`."""
-    return tf.cumsum(tf.cast(mask, "int32"), axis=1) > 0
-
-
-def _in_groups(
+def lstm_in_groups(
     x: tf.Tensor,
     h: tf.Tensor,
     c: tf.Tensor,
@@ -152,7 +28,19 @@ def _in_groups(
     weights: tf.Tensor,
     sequences: bool,
 ) -> tuple[tf.Tensor | None, tf.Tensor, tf.Tensor]:
-    """`_lstm` over groups of lanes, which TensorFlow runs side by side."""
+    """An LSTM over all steps, in groups of lanes that TensorFlow runs side by side.
+
+    Args:
+        x: Inputs `(batch, timesteps, features)`.
+        h: Output state `(batch, units)`.
+        c: Cell state `(batch, units)`.
+        mask: Boolean `(batch, timesteps)`, or `None`.
+        weights: As in `_lstm`.
+        sequences: Whether to return the output of every step.
+
+    Returns:
+        All outputs `(batch, timesteps, units)` or `None`, and the final `h` and `c`.
+    """
     rows, columns = weights.shape
     # Once, since a product that transposes as it goes takes five times as long; and by gates, or
     # TensorFlow would make it a product that transposes.

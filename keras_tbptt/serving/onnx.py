@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import pathlib
-import tempfile
 
 import keras
 import tensorflow as tf
 
-from keras_tbptt.serving import output_names, signatures
+from keras_tbptt._files import write_whole
+from keras_tbptt.serving._signatures import output_names, signatures
+from keras_tbptt.serving._stream import functional
 
 _OPSET = 18
 
@@ -45,6 +46,7 @@ def export_onnx(model: keras.Model, path: str | os.PathLike) -> pathlib.Path:
         raise ImportError(
             f"ONNX needs a converter: pip install 'keras-tbptt[onnx]'. Received: {missing}"
         ) from missing
+    model = functional(model)
     stream = signatures(model, None)["stream"]
     output_names(model, taken={"new_state", *(spec.name for spec in stream.input_signature)})
 
@@ -54,15 +56,4 @@ def export_onnx(model: keras.Model, path: str | os.PathLike) -> pathlib.Path:
         return {"new_state": replies.pop("state"), **replies}
 
     converted, _ = tf2onnx.convert.from_function(step, stream.input_signature, opset=_OPSET)
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(converted.SerializeToString())
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        pathlib.Path(partial).unlink(missing_ok=True)
-        raise
-    return path
+    return write_whole(pathlib.Path(path), converted.SerializeToString())

@@ -9,9 +9,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.model import TBPTTModel
 from keras_tbptt.state import get_states, reset_states, set_states, state_variables
-from keras_tbptt.windows import DocumentWindows
 
 
 class ResetStates(keras.callbacks.Callback):

@@ -1,4 +1,4 @@
-"""The gradient through several windows: windows that have been read, read again backwards."""
+"""The gradient through several windows, which run once more from the last to the first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
+
+from keras_tbptt._tensors import of_rank
 
 
 def check_backprop_windows(backprop_windows: Any, cut_probability: float) -> None:
@@ -16,7 +18,7 @@ def check_backprop_windows(backprop_windows: Any, cut_probability: float) -> Non
         cut_probability: float in (0, 1), read with `"artbp"` only.
 
     Raises:
-        ValueError: If one of them is none of these.
+        ValueError: If either argument is invalid.
     """
     whole = isinstance(backprop_windows, int) and not isinstance(backprop_windows, bool)
     if backprop_windows not in ("all", "artbp") and not (whole and backprop_windows >= 1):
@@ -26,23 +28,24 @@ def check_backprop_windows(backprop_windows: Any, cut_probability: float) -> Non
         )
     if backprop_windows == "artbp" and not 0 < cut_probability < 1:
         raise ValueError(
-            "`cut_probability` must lie between 0 and 1, both excluded: a gradient that is "
-            f"certainly cut cannot be unbiased. Received: cut_probability={cut_probability!r}"
+            "`cut_probability` must be greater than 0 and less than 1: a gradient that is "
+            f"always cut is not unbiased. Received: cut_probability={cut_probability!r}"
         )
 
 
 class WindowHistory:
     """The windows that a gradient may still flow back to, newest last.
 
-    What is kept of a window is what it takes to read it once more: its inputs, the state before
-    it, the seeds of its dropout; and what its loss needs. So the memory of a window's own
-    activations is needed for one window at a time (checkpointing at the boundaries of windows:
-    Gruslys et al. 2016, "Memory-efficient backpropagation through time", section 3).
+    The history keeps what a window needs to run once more: its inputs, the state before it, the
+    seeds of its dropout, and what its loss needs. So only one window at a time needs memory for
+    activations (checkpointing at the boundaries of windows: Gruslys et al. 2016, "Memory-efficient
+    backpropagation through time", section 3).
 
     Args:
-        window: A structure of tensors: what is kept of one window, in its shapes and dtypes.
-        limit: How many windows are kept, the oldest being dropped; None for all, in memory that
-            doubles when it is full.
+        window: A structure of tensors or `tf.TensorSpec`s, with the shapes and dtypes of what is
+            kept of one window.
+        limit: How many windows are kept; the oldest is dropped. None for all of them, in memory
+            that doubles when it is full.
     """
 
     def __init__(self, window: Any, limit: int | None):
@@ -58,12 +61,12 @@ class WindowHistory:
             )
             for shape, dtype in self.spec
         ]
-        self._read = tf.Variable(0, trainable=False)  # windows since it was last cleared
+        self._appended = tf.Variable(0, trainable=False)  # windows since it was last cleared
 
     @property
     def variables(self) -> list[tf.Variable]:
         """All that the history holds."""
-        return [self._read, *self._slots]
+        return [self._appended, *self._slots]
 
     def __len__(self) -> int:
         """How many windows are kept; not inside a graph."""
@@ -71,7 +74,7 @@ class WindowHistory:
 
     def clear(self) -> None:
         """Forgets all windows."""
-        self._read.assign(0)
+        self._appended.assign(0)
 
     def append(self, window: Any) -> None:
         """Keeps a window.
@@ -81,45 +84,45 @@ class WindowHistory:
         """
         if self._limit is None:
             capacity = tf.shape(self._slots[0])[0]
-            full = self._read >= capacity
+            full = self._appended >= capacity
             for slot in self._slots:
                 tf.cond(full, lambda slot=slot: slot.assign(_doubled(slot)), slot.read_value)
-            place = self._read.read_value()
+            place = self._appended.read_value()
         else:
-            place = self._read % self._limit
+            place = self._appended % self._limit
         for slot, tensor in zip(self._slots, tf.nest.flatten(window), strict=True):
             slot.scatter_nd_update([[place]], tensor[None])
-        self._read.assign_add(1)
+        self._appended.assign_add(1)
 
-    def walk_back(self, read: Callable, values: Any) -> Any:
-        """Goes through the windows from the newest to the oldest.
+    def walk_back(self, visit: Callable, values: Any) -> Any:
+        """Visits the windows from the newest to the oldest.
 
         Args:
-            read: `(window, back, values) -> values`, where `back` is a scalar int32, 0 for the
+            visit: `(window, back, values) -> values`, where `back` is a scalar int32, 0 for the
                 newest window.
-            values: What the first call of `read` is given.
+            values: What the first call of `visit` is given.
 
         Returns:
             What the last call returned.
         """
 
         def body(back, values):
-            place = self._read - 1 - back
+            place = self._appended - 1 - back
             if self._limit is not None:
                 place %= self._limit
             flat = [
                 tf.ensure_shape(tf.gather(slot, place), shape)
                 for slot, (shape, _) in zip(self._slots, self.spec, strict=True)
             ]
-            return back + 1, read(tf.nest.pack_sequence_as(self._structure, flat), back, values)
+            return back + 1, visit(tf.nest.pack_sequence_as(self._structure, flat), back, values)
 
-        # One at a time: TensorFlow would read ten at once, and hold ten windows' activations.
+        # One at a time: TensorFlow would run ten at once, and hold the activations of ten windows.
         return tf.while_loop(
             lambda back, _: back < self._count(), body, (0, values), parallel_iterations=1
         )[1]
 
     def _count(self) -> tf.Tensor:
-        return self._read if self._limit is None else tf.minimum(self._read, self._limit)
+        return self._appended if self._limit is None else tf.minimum(self._appended, self._limit)
 
 
 def _doubled(slot: tf.Variable) -> tf.Tensor:
@@ -129,7 +132,7 @@ def _doubled(slot: tf.Variable) -> tf.Tensor:
 
 def backpropagate(
     history: WindowHistory,
-    read: Callable,
+    run: Callable,
     variables: Sequence[tf.Variable],
     states: Sequence[tf.Tensor],
     crossing: Sequence[float],
@@ -137,20 +140,20 @@ def backpropagate(
 ) -> list[tf.Tensor | tf.IndexedSlices]:
     """The gradient of the losses of the windows kept, through the boundaries between them.
 
-    Each window is read once more, from the newest to the oldest, and its state hands the gradient
-    of what came later on to the window before, though never past the beginning of a document.
+    The windows run once more, from the newest to the oldest. Each passes the gradient over its
+    initial state on to the window before it, but never past the beginning of a document.
 
     Args:
         history: Windows, each a dict with at least `"states"`, the list of what the state was
             before it, and `"starts"`, bool `[lanes]`.
-        read: `(window, back) -> (loss, new_states)`: reads a window again, `back` windows before
-            the newest; `loss` is a scalar.
-        variables: What to take the gradient for.
+        run: `(window, back) -> (loss, new_states)`. Runs a window again, `back` windows before the
+            newest. `loss` is a scalar.
+        variables: The gradient is taken over these.
         states: Tensors in the shapes of the state.
-        crossing: One factor per state tensor: what the gradient is multiplied with where it
-            crosses a boundary.
-        slices: Whether to give the gradient of a variable of which rows are gathered, such as an
-            embedding, as `tf.IndexedSlices` of the rows that are not zero, each once.
+        crossing: One factor per state tensor, by which the gradient is multiplied where it crosses
+            a boundary.
+        slices: bool. Whether the gradient of a variable of which rows are gathered, such as an
+            embedding, becomes `tf.IndexedSlices` of the rows that are not zero, each once.
 
     Returns:
         A tensor per variable, in the shape of the variable but for `slices`.
@@ -161,7 +164,7 @@ def backpropagate(
         gradients, upstream = values
         with tf.GradientTape() as tape:
             tape.watch(window["states"])
-            loss, new_states = read(window, back)
+            loss, new_states = run(window, back)
         sources = [*variables, *window["states"]]
         found = tape.gradient(
             [loss, *new_states],
@@ -172,7 +175,11 @@ def backpropagate(
         gathered.update(i for i, g in enumerate(found) if isinstance(g, tf.IndexedSlices))
         found = [tf.convert_to_tensor(gradient) for gradient in found]
         kept = [
-            tf.where(_rows(window["starts"], gradient), tf.zeros_like(gradient), gradient * factor)
+            tf.where(
+                of_rank(window["starts"], gradient.shape.rank),
+                tf.zeros_like(gradient),
+                gradient * factor,
+            )
             for gradient, factor in zip(found[len(variables) :], crossing, strict=True)
         ]
         return [one + two for one, two in zip(gradients, found, strict=False)], kept
@@ -186,7 +193,3 @@ def backpropagate(
 def _nonzero(gradient: tf.Tensor) -> tf.IndexedSlices:
     rows = tf.where(tf.reduce_any(gradient != 0, range(1, gradient.shape.rank)))[:, 0]
     return tf.IndexedSlices(tf.gather(gradient, rows), rows, tf.shape(gradient, "int64"))
-
-
-def _rows(flags: tf.Tensor, tensor: tf.Tensor) -> tf.Tensor:
-    return tf.reshape(flags, [-1] + [1] * (tensor.shape.rank - 1))

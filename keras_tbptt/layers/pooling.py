@@ -13,16 +13,16 @@ class ConcatPooling(keras.layers.Layer):
     """The last, the mean and the maximum of a sequence's steps, side by side.
 
     The concat pooling of ULMFiT (Howard and Ruder 2018, "Universal language model fine-tuning for
-    text classification", section 3.3). With `stateful=True` mean and maximum run over the
-    document's windows so far, so a head that reads them sees what its first windows showed, however
-    long ago. In training by `TBPTTModel(..., window_loss="pooled")` the gradient of a document's
-    loss reaches all its windows through them.
+    text classification", section 3.3). With `stateful=True` the mean and the maximum are taken over
+    the document's windows so far, so a head sees the first windows however long ago they were. With
+    `TBPTTModel(..., window_loss="pooled")` the gradient of a document's loss reaches all windows of
+    the document through the pooled values.
 
-    Masked steps are left out. A row must have at least one step that is not masked.
+    Masked steps are left out. Each row must have at least one step that is not masked.
 
     Args:
-        stateful: bool, whether sums and maxima are carried from call to call, as in Keras's
-            recurrent layers; the batch size must be fixed then.
+        stateful: bool. Whether sums and maxima are carried from call to call, as in Keras's
+            recurrent layers. The batch size must be fixed then. Defaults to False.
         **kwargs: Further arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -62,7 +62,7 @@ class ConcatPooling(keras.layers.Layer):
                 keras.Variable(s, trainable=False, dtype=self.variable_dtype, name="pooling_state")
                 for s in self.get_initial_state(shape[0])
             ]
-            # Past Keras's tracking: as in its recurrent layers, state is no weight.
+            # Past Keras's tracking, because state is not a weight, as in its recurrent layers.
             object.__setattr__(self, "states", states)
 
     def get_initial_state(self, batch_size: int | tf.Tensor) -> list[tf.Tensor]:

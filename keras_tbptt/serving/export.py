@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Sequence
 
@@ -14,8 +13,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt._files import partial_directory, write_whole
 from keras_tbptt.client import grpc_request, serving_extra
-from keras_tbptt.serving import StreamState, signatures
+from keras_tbptt.serving._signatures import signatures
+from keras_tbptt.serving._stream import StreamState, functional
 
 
 def export_saved_model(
@@ -86,8 +87,7 @@ def export_saved_model(
     if keep is not None and keep < 1:
         raise ValueError(f"`keep` must be at least 1, or None for all. Received: keep={keep}")
     path = pathlib.Path(path)
-    if isinstance(model, keras.Sequential):  # which has no symbolic `output`
-        model = keras.Model(model.inputs, model.outputs[0])
+    model = functional(model)
     served = tf.Module()
     served.weights = [weight.value for weight in model.weights]
     served.vectorizer = vectorizer
@@ -98,30 +98,22 @@ def export_saved_model(
         path.mkdir(parents=True, exist_ok=True)
         if version is not None and (path / str(version)).exists():
             raise _version_exists(path, version)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=".export-", dir=path))
+        with partial_directory(path, ".export-") as partial:
+            tf.saved_model.save(
+                served,
+                str(partial),
+                signatures=served.endpoints,
+                options=tf.saved_model.SaveOptions(save_debug_info=False),
+            )
+            if warmup:
+                _write_warmup(partial, warmup)
+            partial.chmod(0o755)
+            final = _publish(partial, path, version)
     except OSError as error:
         raise OSError(
             f"The export directory cannot be written: choose one that can. "
             f"Received: path={str(path)!r} ({error.strerror})"
         ) from error
-    try:
-        tf.saved_model.save(
-            served,
-            str(partial),
-            signatures=served.endpoints,
-            options=tf.saved_model.SaveOptions(save_debug_info=False),
-        )
-        if warmup:
-            folder = partial / "assets.extra"
-            folder.mkdir(exist_ok=True)
-            with tf.io.TFRecordWriter(str(folder / "tf_serving_warmup_requests")) as writer:
-                for request in warmup:
-                    writer.write(request)
-        partial.chmod(0o755)
-        final = _publish(partial, path, version)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     if keep is not None:
         _delete(path, _versions(path)[:-keep])
     return final
@@ -180,13 +172,19 @@ def write_models_config(path: str | os.PathLike, mount: str = "/models") -> path
         '    model_platform: "tensorflow"\n  }}\n'
     )
     entries = "".join(entry.format(name, mount) for name in models)
-    partial = path / ".models.config.partial"
-    partial.write_text(f"model_config_list {{\n{entries}}}\n", encoding="utf-8")
-    return partial.rename(path / "models.config")
+    return write_whole(path / "models.config", f"model_config_list {{\n{entries}}}\n".encode())
 
 
 def _folders(path: pathlib.Path) -> list[pathlib.Path]:
     return [p for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
+
+
+def _write_warmup(version: pathlib.Path, requests: Sequence[bytes]) -> None:
+    folder = version / "assets.extra"
+    folder.mkdir(exist_ok=True)
+    with tf.io.TFRecordWriter(str(folder / "tf_serving_warmup_requests")) as writer:
+        for request in requests:
+            writer.write(request)
 
 
 def _warmup_requests(name: str, texts: Sequence[str], width: int) -> list[bytes]:

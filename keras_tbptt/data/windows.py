@@ -1,80 +1,84 @@
-"""Documents -> lanes of windows, as Keras batches."""
+"""DocumentWindows: documents as lanes of windows, in Keras batches."""
 
 from __future__ import annotations
 
 import functools
 import random
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from keras_tbptt import documents as forms
+from keras_tbptt.data import _documents as forms
+from keras_tbptt.data._packing import IDLE, PACKINGS, Plan
+from keras_tbptt.data._pipeline import WindowPipeline
+from keras_tbptt.data._targets import TargetForm, kept
 from keras_tbptt.losses import check_window_loss, window_weights
-from keras_tbptt.packing import IDLE, PACKINGS, Plan
 
 
 class DocumentWindows:
-    """Documents of any length as batches of fixed-shape windows, for truncated backpropagation.
+    """Documents of any length as batches of fixed-shape windows.
 
-    Each document is split into windows of `window` consecutive steps, the last one right-padded
-    with zeros, and the batch has `lanes` rows: a lane reads one document after another. Every
-    step of every document appears exactly once an epoch, in order, in one lane. (Windows of random
-    lengths, and reading only a stretch of a long document, are `mean_window` and `stretch`.)
+    Each document is split into windows of `window` consecutive steps. The last window is
+    right-padded with zeros. A batch has `lanes` rows: a lane processes one document after another.
+    Every step of every document appears exactly once in an epoch, in order, in one lane.
+    (`mean_window` makes the lengths of windows random; `stretch` takes a part of a long document.)
 
-    - `packing="packed"`: lanes run on independently; where a document ends, the lane's next
-      window begins the next document. Hardly a lane is ever idle.
+    - `packing="packed"`: each lane runs on independently. When a document ends, the lane's next
+      window begins the next document. Few lanes are ever idle.
     - `packing="aligned"`: `lanes` documents of similar window counts begin together. With
-      `window_loss="final_only"` a whole batch then learns at once, and the windows before need no
+      `window_loss="final_only"` their last windows then coincide, and the windows before need no
       backward pass.
 
-    With `shuffle=True` the documents, never the windows, take a new order every epoch. The order
-    is a function of `(seed, epoch)` alone, the same on every machine; the number of windows is the
-    same in every epoch. `epoch` is the index of the coming epoch. It rises by one when a dataset
-    hands out the last window of an epoch, and you may set it.
+    With `shuffle=True` the documents take a new order in every epoch; windows are never shuffled.
+    The order is a function of `(seed, epoch)` alone, the same on every machine. The number of
+    windows is the same in every epoch. `epoch` is the index of the coming epoch. It rises by one
+    when a dataset hands out the last window of an epoch, and you may set it.
 
     Args:
         documents: A list of arrays, each integer ids `[T]` or floats `[T, F]`; or a
             `tf.RaggedTensor`; or a finite `tf.data.Dataset` of `document` or
             `(document, label)`; or, with `offsets`, one flat array `[sum of T]` or
-            `[sum of T, F]`, which may be a `numpy.memmap`. Id 0 is padding to
-            `Embedding(mask_zero=True)`.
-        labels: One label per document: an array `[documents, ...]` (binary, class id, vector
-            or regression), or a dict of those for a model with a dict of outputs. With
-            `per_step=True` one target array `[T, ...]` per document, in the form that
-            `documents` has. None where nothing is to be learnt.
-        window: int >= 1, steps in a window (K).
-        lanes: int >= 1, rows in a batch. More lanes than documents leaves lanes idle.
-        packing: `"packed"` or `"aligned"`.
-        shuffle: bool, whether the documents take a new order every epoch.
-        seed: int >= 0, or None to draw one from Python's `random` (which
-            `keras.utils.set_random_seed` seeds).
-        weights: Optional floats `[documents]` >= 0: how much each document counts.
+            `[sum of T, F]`, which may be a `numpy.memmap`; or, with `lengths`, a padded array. Id 0
+            is padding to `Embedding(mask_zero=True)`.
+        labels: One label per document: an array `[documents, ...]` (binary, class index, vector
+            or regression). With `per_step=True` one target array `[T, ...]` per document, in the
+            form of `documents`. For a model with several outputs, a dict of these, or for a list of
+            outputs a tuple of these: a list has one entry per document. Defaults to None: the
+            windows are for prediction.
+        window: int >= 1. Steps in a window (K).
+        lanes: int >= 1. Rows in a batch. If there are more lanes than documents, some are idle.
+        packing: `"packed"` or `"aligned"`. Defaults to `"packed"`.
+        shuffle: bool. Whether the documents take a new order in every epoch. Defaults to False.
+        seed: int >= 0. Defaults to None: it is drawn from Python's `random`, which
+            `keras.utils.set_random_seed` seeds. `ExactBackup` replaces a drawn seed with the seed
+            of the checkpoint when it resumes.
+        weights: Optional floats `[documents]` >= 0. How much each document counts. Defaults to 1.
         offsets: Optional ints `[documents + 1]`: document i is
             `documents[offsets[i]:offsets[i + 1]]`.
         lengths: Optional ints `[documents]` from 1 to `longest`: `documents`, and targets per step,
             are arrays `[documents, longest, ...]`, padded at the end, and document i is
             `documents[i, :lengths[i]]`. An array that begins or ends a document with a zero step is
             refused without `lengths`, because that step may be padding.
-        per_step: bool, whether `labels` holds a target per step.
-        mean_window: Optional int >= 2: windows have random lengths around it, drawn anew every
-            epoch from `(seed, epoch)`, and `window`, at least 1.25 times as long, is the longest
-            that one can be. Most are about as long, one in twenty is about half as long (Merity et
-            al. 2018, "Regularizing and optimizing LSTM language models", section 4.1). A window
-            counts by its steps (`keras_tbptt.losses.window_weights`), which is the paper's learning
-            rate in proportion to length. Every document keeps its number of windows.
-        stretch: Optional int >= 1: of a document longer than so many windows, only a random
-            stretch of that length is read in an epoch, from the initial state on; where it
-            begins is drawn from `(seed, epoch)`. With `mean_window` the stretch has
-            `stretch * mean_window` steps. `TBPTTModel(burn_in=...)` gives its state a start, and
-            counts `window` steps each. `evaluate` and `predict_documents` read the coming epoch's
-            stretches, too: give them windows without `stretch` for whole documents.
+        per_step: bool. Whether `labels` holds a target per step. Defaults to False.
+        mean_window: Optional int >= 2. Windows then have random lengths around it, drawn anew in
+            every epoch from `(seed, epoch)`. `window`, at least 1.25 times as long, is the longest
+            length. Most windows are about `mean_window` long; one in twenty is about half as long
+            (Merity et al. 2018, "Regularizing and optimizing LSTM language models", section 4.1). A
+            window counts by its steps (`keras_tbptt.losses.window_weights`), which is the paper's
+            learning rate in proportion to length. Every document keeps its number of windows.
+        stretch: Optional int >= 1. In an epoch, a document longer than this many windows
+            contributes only a random stretch of this length, which starts from the initial state.
+            Its beginning is drawn from `(seed, epoch)`. With `mean_window` the stretch has
+            `stretch * mean_window` steps. `TBPTTModel(burn_in=...)` gives the state a start; it
+            counts `window` steps each. `evaluate` and `predict_documents` use the stretches of the
+            coming epoch, too: for whole documents give them windows without `stretch`.
 
     Raises:
-        ValueError: If there are no documents, a document is empty, lengths disagree, a float
-            is not finite, an id is negative, or an argument is out of its range.
+        ValueError: If there are no documents, a document is empty, lengths disagree, an array may
+            be padded, a float is not finite, an id is negative, an integer does not fit int32, or
+            an argument is out of its range.
 
     Example:
 
@@ -83,6 +87,8 @@ class DocumentWindows:
     len(windows)        # 2 windows in an epoch
     windows.starts      # [[True, True], [False, False]]
     windows.ends        # [[False, True], [True, False]]
+    windows.batch_shape # (2, 2)
+    tokens = keras.Input(batch_shape=windows.batch_shape, dtype="int32")
     ```
     """
 
@@ -112,6 +118,7 @@ class DocumentWindows:
         self.packing = packing
         self.shuffle = bool(shuffle)
         self.seed = random.randint(0, 2**31 - 1) if seed is None else _at_least("seed", seed, 0)
+        self._seed_drawn = seed is None
         self.per_step = bool(per_step)
         self.mean_window, self.stretch = mean_window, stretch
         if mean_window is not None and 1.25 * _at_least("mean_window", mean_window, 2) > window:
@@ -130,21 +137,13 @@ class DocumentWindows:
         values, self._offsets = forms.flatten(documents, offsets, lengths)
         if offsets is None:
             forms.check_padding(documents, lengths)
-        forms.check_values(values, "documents", least=0)
-        self._values = _kept(values)
+        forms.check_values(values, "documents", ids=True)
+        self._values = kept(values)
         self._filler = forms.first_nonzero(self._values, self._offsets[0])
         steps = np.diff(self._offsets)
-        if per_step:
-            take = functools.partial(_targets, steps, offsets, lengths)
-        else:
-            take = functools.partial(_labels, steps)
-        if isinstance(labels, Mapping):
-            self._targets = {
-                name: take(value, f"labels[{name!r}]") for name, value in labels.items()
-            }
-        else:
-            self._targets = None if labels is None else take(labels, "labels")
-        self._weights = _weights(weights, len(steps))
+        form = TargetForm(steps, per_step, offsets, lengths, len(values))
+        self._targets = form.targets(labels)
+        self._weights = form.weights(weights)
         self._layout = PACKINGS[packing](steps, self.window, self.lanes, mean_window, stretch)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,7 +155,7 @@ class DocumentWindows:
         return self._layout.steps
 
     def __repr__(self) -> str:
-        """Sizes at a glance."""
+        """The class and its sizes."""
         return (
             f"<DocumentWindows documents={self.num_documents} steps={self.num_steps} "
             f"window={self.window} lanes={self.lanes} packing={self.packing} windows={len(self)}>"
@@ -174,17 +173,17 @@ class DocumentWindows:
 
     @property
     def num_steps(self) -> int:
-        """How many real steps (tokens) are read in an epoch."""
+        """How many real steps (tokens) an epoch has."""
         return int(self._layout.lengths.sum())
 
     @property
     def packing_efficiency(self) -> float:
-        """Real steps over all steps of an epoch's windows, in (0, 1]."""
+        """The share of real steps among all steps of an epoch's windows, in (0, 1]."""
         return self.num_steps / (len(self) * self.lanes * self.window)
 
     @property
     def has_labels(self) -> bool:
-        """Whether there is anything to learn from."""
+        """Whether there are labels."""
         return self._targets is not None
 
     @property
@@ -197,9 +196,14 @@ class DocumentWindows:
         """Shape of one step: `()` for ids, `(F,)` for features."""
         return tuple(self._values.shape[1:])
 
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Shape of a batch, for `keras.Input`: `(lanes, window)`, or `(lanes, window, F)`."""
+        return (self.lanes, self.window, *self.feature_shape)
+
     @functools.cached_property
     def max_id(self) -> int | None:
-        """The largest id, or None where the documents are floats."""
+        """The largest id, or None if the documents are floats."""
         if self._values.dtype.kind == "f":
             return None
         return max(int(part.max()) for _, part in forms.chunks(self._values))
@@ -219,7 +223,7 @@ class DocumentWindows:
 
     @property
     def plan(self) -> Plan:
-        """What each lane reads in the coming epoch."""
+        """What each lane processes in the coming epoch."""
         return self._plan_of(self.epoch)
 
     @property
@@ -251,15 +255,17 @@ class DocumentWindows:
                 row. Targets per step need outputs without a mask. Defaults to False.
 
         Returns:
-            A `tf.data.Dataset` of known cardinality, `len(self)`, of `(x, y, sample_weight)`, or
-            of `(x,)` without labels. `x` is `[lanes, window]` int32 ids or
-            `[lanes, window, F]` floats; with `flags=True` a dict of it as `"inputs"` and, each
-            `[lanes]`, `"starts"` and `"ends"` (bool), `"lengths"` (int32, real steps of the
-            window), `"positions"` (int32, steps of the document before it) and `"totals"` (int32,
-            steps of the document); with `stretch` these speak of the stretch. `y` is
-            `[lanes, ...]`, or `[lanes, window, ...]` with `per_step=True`. `sample_weight` is
-            float32 `[lanes]`, or `[lanes, window]` with `per_step=True`; zero where a lane is idle
-            or a step is padding.
+            A `tf.data.Dataset` of `(x, y, sample_weight)`, or without labels of `(x,)`, with the
+            known cardinality `len(self)`. It prefetches by itself.
+            `x` is int32 ids `[lanes, window]` or floats `[lanes, window, F]`. With `flags=True` it
+            is a dict of these as `"inputs"` and, each `[lanes]`: `"starts"` and `"ends"` (bool),
+            `"lengths"` (int32, real steps of the window), `"positions"` (int32, steps of the
+            document before it) and `"totals"` (int32, steps of the document). With `stretch` they
+            refer to the stretch.
+            `y` is `[lanes, ...]`, or `[lanes, window, ...]` with `per_step=True`; for several
+            outputs a dict or a tuple of these, as `labels` was.
+            `sample_weight` is float32 `[lanes]`, or `[lanes, window]` with `per_step=True`. It is
+            zero for idle lanes and padding.
 
         Raises:
             ValueError: If `window_loss` is unknown, or `evaluation=True` comes without labels,
@@ -268,7 +274,7 @@ class DocumentWindows:
         check_window_loss(window_loss)
         scale = 1.0
         if evaluation:
-            self._check_evaluation(flags, window_loss)
+            _check_evaluation(self, flags, window_loss)
             counted = self.num_documents
             rows = len(self) * self.lanes
             if self.per_step:
@@ -276,61 +282,30 @@ class DocumentWindows:
             else:
                 window_loss = "final_only"
             scale = rows / counted
-        structure = self._batch(self.plan, 0)
-        flat = tf.nest.flatten(structure)
-        # TensorFlow keeps every function that a graph calls, and all it refers to, for ever.
-        this, count = weakref.ref(self), len(self)
-
-        def coming_epoch(_):
-            epoch = tf.numpy_function(lambda: np.int64(this().epoch), [], tf.int64)
-            return tf.data.Dataset.range(count).map(functools.partial(read, epoch))
-
-        def read(epoch, step):
-            read_now = lambda *place: this()._read(*place)  # noqa: E731
-            tensors = tf.numpy_function(read_now, [epoch, step], [a.dtype for a in flat])
-            tensors = [tf.ensure_shape(t, a.shape) for t, a in zip(tensors, flat, strict=True)]
-            batch = tf.nest.pack_sequence_as(structure, tensors)
-            return epoch, step, batch if flags else strip(*batch)
-
-        def strip(x, y=None, sample_weight=None):
-            if y is None:
-                return (x["inputs"],)
-            weights = window_weights(window_loss, x, self.window, self.per_step)
-            return x["inputs"], y, sample_weight * weights * scale
-
-        def hand_out(epoch, step, batch):
-            count_now = lambda *place: this()._hand_out(*place)  # noqa: E731
-            tell = lambda: tf.numpy_function(count_now, [epoch, step], tf.int64)  # noqa: E731
-            # A call to Python takes longer than the rest of this stage, so with flags only the
-            # last window makes one: a TBPTTModel finds boundaries in the batch, and counts nothing.
-            told = tf.cond(step == count - 1, tell, lambda: step) if flags else tell()
-            with tf.control_dependencies([told]):
-                return tf.nest.map_structure(tf.identity, batch)
-
-        windows = tf.data.Dataset.range(1).flat_map(coming_epoch).prefetch(8)
-        # Behind the prefetch: what has been read ahead may never be used.
-        windows = windows.map(hand_out).apply(tf.data.experimental.assert_cardinality(count))
-        # With autotuning, letting go of an iterator waits until the tuner's sleep ends: 5, 10, 20,
-        # 41 s after it began.
-        options = tf.data.Options()
-        options.autotune.enabled = False
-        windows = windows.with_options(options)
-        windows.shuffle = _refuse_shuffle
-        windows.source = self
-        return windows
+        spec = tf.nest.map_structure(
+            lambda array: tf.TensorSpec(array.shape, array.dtype), self._batch(self.plan, 0)
+        )
+        weigh = None
+        if not flags:
+            weigh = functools.partial(_stock_batch, window_loss, self.window, self.per_step, scale)
+        dataset = WindowPipeline(self, spec, weigh).dataset()
+        dataset.shuffle = _refuse_shuffle
+        dataset.source = self
+        return dataset
 
     def whole(self, documents: Any) -> tuple:
-        """Documents unsplit and side by side, so that they end together.
+        """Whole documents side by side, aligned at their ends.
 
         Args:
-            documents: ints `[rows]`: which documents.
+            documents: ints `[rows]`. Which documents.
 
         Returns:
-            `(steps, real, y, weights)`. `steps` is `[rows, longest]` int32 ids or
-            `[rows, longest, F]` floats, in which a shorter document repeats its first step in
-            front; `real` is bool `[rows, longest]`, False there; `y` holds the labels
-            `[rows, ...]`, with `per_step=True` those of the last steps, or is None; `weights` is
-            float32 `[rows]`.
+            `(steps, real, y, weights)`.
+            `steps` is int32 ids `[rows, longest]` or floats `[rows, longest, F]`. A shorter
+            document repeats its first step in front.
+            `real` is bool `[rows, longest]`, False for the repeated steps.
+            `y` is the labels `[rows, ...]`, with `per_step=True` those of the last steps, or None.
+            `weights` is float32 `[rows]`.
         """
         documents = np.asarray(documents)
         begin, end = self._offsets[documents, None], self._offsets[documents + 1, None]
@@ -342,23 +317,6 @@ class DocumentWindows:
             lambda t: None if t is None else forms.narrow(np.asarray(t[labelled])), self._targets
         )
         return steps, real, y, self._weights[documents]
-
-    def _check_evaluation(self, flags: bool, window_loss: str) -> None:
-        if flags:
-            raise ValueError(
-                "`evaluation=True` is for stock Keras models. A TBPTTModel counts documents by "
-                "itself: leave out `evaluation`. Received: flags=True, evaluation=True"
-            )
-        if window_loss != "per_window":
-            raise ValueError(
-                "`evaluation=True` counts each document at its last window: leave out "
-                f"`window_loss`. Received: window_loss={window_loss!r}, evaluation=True"
-            )
-        if not self.has_labels:
-            raise ValueError(
-                "An evaluation needs labels: DocumentWindows(documents, labels, ...). "
-                f"Received: {self!r} without labels"
-            )
 
     @functools.cached_property
     def _plans(self) -> Callable[[tuple[int, int], bool], Plan]:
@@ -381,7 +339,7 @@ class DocumentWindows:
         document, length = plan.document[step], plan.length[step]
         busy = document != IDLE
         first = self._offsets[document] + plan.begin[step]
-        # An idle lane repeats a real step that is no padding: cuDNN refuses fully masked rows.
+        # An idle lane repeats a step that is not padding: cuDNN refuses fully masked rows.
         begin = np.where(busy, first + plan.offset[step], self._filler)
         real = np.arange(self.window) < np.maximum(length, 1)[:, None]  # [lanes, window]
         position = np.where(real, begin[:, None] + np.arange(self.window), self._filler)
@@ -405,11 +363,40 @@ class DocumentWindows:
         return x, y, weight.astype("float32")
 
 
+def _check_evaluation(windows: DocumentWindows, flags: bool, window_loss: str) -> None:
+    if flags:
+        raise ValueError(
+            "`evaluation=True` is for stock Keras models. A TBPTTModel counts documents by "
+            "itself: leave out `evaluation`. Received: flags=True, evaluation=True"
+        )
+    if window_loss != "per_window":
+        raise ValueError(
+            "`evaluation=True` counts each document at its last window: leave out "
+            f"`window_loss`. Received: window_loss={window_loss!r}, evaluation=True"
+        )
+    if not windows.has_labels:
+        raise ValueError(
+            "An evaluation needs labels: DocumentWindows(documents, labels, ...). "
+            f"Received: {windows!r} without labels"
+        )
+
+
 def _refuse_shuffle(*args: Any, **kwargs: Any) -> None:
     raise ValueError(
-        "Windows must not be shuffled: a lane reads its documents in order. Shuffle documents "
+        "Windows must not be shuffled: a lane processes its documents in order. Shuffle documents "
         "instead, with DocumentWindows(..., shuffle=True). Received: dataset().shuffle(...)"
     )
+
+
+def _stock_batch(
+    window_loss: str, window: int, per_step: bool, scale: float, x: Any, *targets: Any
+) -> tuple:
+    """A batch for a model that knows nothing of windows: the weights say which count."""
+    if not targets:
+        return (x["inputs"],)
+    y, sample_weight = targets
+    weights = window_weights(window_loss, x, window, per_step)
+    return x["inputs"], y, sample_weight * weights * scale
 
 
 def _padded(values: np.ndarray, position: np.ndarray, real: np.ndarray) -> np.ndarray:
@@ -417,51 +404,6 @@ def _padded(values: np.ndarray, position: np.ndarray, real: np.ndarray) -> np.nd
     rows = forms.narrow(np.asarray(values[position]))
     rows[~real] = 0
     return rows
-
-
-def _labels(steps: np.ndarray, labels: Any, name: str) -> np.ndarray:
-    """One label per document, `[documents, ...]`."""
-    labels = np.array(labels)
-    if labels.ndim == 0 or len(labels) != len(steps):
-        raise ValueError(
-            f"`{name}` must have one label per document ({len(steps)} documents). "
-            f"Received: labels of shape {labels.shape}"
-        )
-    if labels.dtype.kind not in "biuf":
-        raise ValueError(f"`{name}` must be finite numbers. Received: dtype={labels.dtype}")
-    forms.check_values(labels, name)
-    return forms.narrow(labels)
-
-
-def _targets(steps: np.ndarray, offsets: Any, lengths: Any, targets: Any, name: str) -> np.ndarray:
-    """One target per step, flat: `[sum of T, ...]`."""
-    values, offsets = forms.flatten(targets, offsets, lengths, name)
-    if not np.array_equal(np.diff(offsets), steps):
-        raise ValueError(
-            f"`{name}` must have one target per step of each document ({len(steps)} documents, "
-            f"{steps.sum()} steps). Received: {len(offsets) - 1} rows, "
-            f"{np.diff(offsets).sum()} steps"
-        )
-    values = values[offsets[0] : offsets[-1]]
-    forms.check_values(values, name)
-    return _kept(values)
-
-
-def _kept(values: np.ndarray) -> np.ndarray:
-    """What stays in memory: a memmap stays in its file, and each batch converts its own rows."""
-    return values if isinstance(values, np.memmap) else forms.narrow(values)
-
-
-def _weights(weights: Any, documents: int) -> np.ndarray:
-    if weights is None:
-        return np.ones(documents, "float32")
-    weights = np.asarray(weights, "float32")
-    if weights.shape != (documents,) or not np.isfinite(weights).all() or (weights < 0).any():
-        raise ValueError(
-            f"`weights` must be one finite number >= 0 per document ({documents} documents). "
-            f"Received: weights of shape {weights.shape}, min={weights.min(initial=0)}"
-        )
-    return weights
 
 
 def _at_least(name: str, value: int, least: int) -> int:

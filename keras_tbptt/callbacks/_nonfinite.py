@@ -1,4 +1,4 @@
-"""Which window, lane and document a loss or a weight that is not finite came from."""
+"""Finds the window, lanes and documents that made a loss or a weight not finite."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt import _batches
+from keras_tbptt._steps import run_window
+from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.model import TBPTTModel
 from keras_tbptt.state import preserve_states, reset_states, state_variables
-from keras_tbptt.windows import DocumentWindows
 
 
 def all_finite(variables: Iterable[tf.Variable]) -> bool:
-    """Whether there is no NaN and no infinity in any of them.
+    """Whether no variable contains a NaN or an infinity.
 
     Args:
-        variables: Of any dtype; integers are finite.
+        variables: `tf.Variable`s of any dtype. Integers are finite.
+
+    Returns:
+        bool.
     """
     floats = [v for v in variables if v.dtype.is_floating]
     return all(bool(tf.reduce_all(tf.math.is_finite(v))) for v in floats)
@@ -26,16 +31,17 @@ def all_finite(variables: Iterable[tf.Variable]) -> bool:
 def find_cause(
     model: keras.Model, windows: DocumentWindows, begin: tuple[int, int], end: tuple[int, int]
 ) -> str:
-    """Trains again from a sound state, window by window, up to what is not finite.
+    """Trains again from a finite state, window by window, until something is not finite.
 
     Args:
-        model: With weights, optimizer and states as they were at `begin`; it is trained.
-        windows: What it is trained on.
-        begin: `windows.epoch`, and the window in it.
-        end: The same of the last window to try.
+        model: `keras.Model` with its weights, optimizer and states as they were at `begin`. It is
+            trained.
+        windows: `DocumentWindows`. What the model is trained on.
+        begin: `(epoch, window)`, the `windows.epoch` and the index of the first window.
+        end: `(epoch, window)`, where the search stops.
 
     Returns:
-        Window, lanes and documents, in words.
+        A phrase that names the window, its lanes and their documents.
     """
     train_step = tf.function(model.train_step)
     kept = [v.value for v in (*model.trainable_variables, *state_variables(model))]
@@ -59,22 +65,25 @@ def find_cause(
             return (
                 f"window {window + 1} of {len(windows)}, "
                 f"lanes {lanes.tolist()} ({why}), where documents "
-                f"{plan.document[window, lanes].tolist()} are read from steps "
-                f"{(plan.begin + plan.offset)[window, lanes].tolist()} on"
+                f"{plan.document[window, lanes].tolist()} continue from steps "
+                f"{(plan.begin + plan.offset)[window, lanes].tolist()}"
             )
-    return "no window, when it was trained again from there"
+    return "no window: training again from the last checkpoint stayed finite"
 
 
 def _lanes(model: keras.Model, data: tuple, busy: np.ndarray) -> tuple[np.ndarray, str]:
-    """The lanes to blame, and why, before the window is learnt from."""
+    """The lanes that cause it, and why, before the model is trained on the window."""
     x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-    inputs = x["inputs"] if isinstance(model, TBPTTModel) else x
+    y = _batches.as_outputs(y, weight, model.outputs)
     with preserve_states(model):
-        y_pred = model(inputs, training=False)
-    y_pred = keras.tree.map_structure(tf.identity, y_pred)  # without masks
+        if isinstance(model, TBPTTModel):
+            y_pred = run_window(model, x, training=False)
+        else:
+            y_pred = model(x, training=False)
+    y_pred = keras.tree.map_structure(tf.identity, y_pred)  # drops Keras masks
 
     def loss_of(lane: int) -> float:
-        # In every row, not with the weights of the others at 0: 0 times infinity is NaN.
+        # In every row, because weights of 0 for the others would not help: 0 * inf is NaN.
         alone = [
             keras.tree.map_structure(lambda t: tf.gather(t, [lane] * len(busy)), part)
             for part in (y, y_pred, weight)
@@ -86,4 +95,5 @@ def _lanes(model: keras.Model, data: tuple, busy: np.ndarray) -> tuple[np.ndarra
     bad = np.flatnonzero(busy & ~(np.isfinite(losses) & np.all(outputs, axis=0)))
     if len(bad):
         return bad, "whose outputs or losses are not finite"
-    return np.array([losses.argmax()]), "whose loss is the largest; it is the step that was not"
+    why = "whose loss is the largest; the loss was finite, the weight update was not"
+    return np.array([losses.argmax()]), why

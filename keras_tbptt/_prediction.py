@@ -1,0 +1,149 @@
+"""Predictions of documents by a stateful model, apart from its training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_tbptt import _batches
+from keras_tbptt._order import WindowOrder
+from keras_tbptt._saving import SavesStates
+from keras_tbptt._steps import begin_lanes, run_window
+from keras_tbptt._tensors import last_real_steps
+from keras_tbptt.data.windows import DocumentWindows
+from keras_tbptt.state import preserve_states, state_variables
+
+
+class PredictsDocuments(SavesStates):
+    """A functional model with stateful layers that runs documents window by window.
+
+    Args:
+        *args: As in a functional `keras.Model`.
+        **kwargs: As in a functional `keras.Model`.
+
+    Attributes:
+        lanes: int. Rows of a batch.
+        window: int. Steps in a window.
+        window_order: The place in its document that each lane has come to in training.
+        fitted_windows: The windows that `fit` is training on; None outside of `fit`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.supports_masking = True
+        shapes = [tuple(tensor.shape) for tensor in self.inputs]
+        if len(shapes) != 1 or len(shapes[0]) < 2 or None in shapes[0][:2]:
+            raise ValueError(
+                "The model must have one input of a fixed batch shape: "
+                "keras.Input(batch_shape=(lanes, window)). "
+                f"Received: inputs of shapes {shapes}"
+            )
+        self.lanes, self.window = shapes[0][:2]
+        state_variables(self)  # raises an error if there are none
+        self.window_order = WindowOrder(self.lanes)
+        self.fitted_windows: DocumentWindows | None = None
+
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predictions for every row of every window; see `predict_documents` for documents.
+
+        The state of training is kept apart.
+
+        Args:
+            x: `DocumentWindows`, their `dataset(flags=True)`, or batches of your own (see `fit`).
+            *args: As in `keras.Model.predict`.
+            **kwargs: As in `keras.Model.predict`.
+
+        Returns:
+            Arrays `[windows * lanes, ...]`, each read at the window's last real step.
+
+        Raises:
+            ValueError: If the windows do not fit the model.
+            tf.errors.InvalidArgumentError: If the windows of a lane do not follow each other.
+        """
+        dataset = _batches.as_dataset(x, self, needs_labels=False)
+        with without_training(self, x), _single_steps(self):
+            return super().predict(dataset, *args, **kwargs)
+
+    def predict_documents(
+        self, documents: Any, offsets: Any = None, verbose: Any = 0, lengths: Any = None
+    ) -> Any:
+        """One prediction per document, at its own last real step.
+
+        The prediction of a document depends on nothing but the document: not on the lanes, the
+        window, or what else is predicted with it.
+
+        Args:
+            documents: `DocumentWindows` that fit the model, or documents in any form that
+                `DocumentWindows` takes, without labels.
+            offsets: As in `DocumentWindows`.
+            verbose: As in `keras.Model.predict`.
+            lengths: As in `DocumentWindows`.
+
+        Returns:
+            An array `[documents, ...]` in the order given; for several outputs the structure of
+            the model's outputs, of such arrays.
+
+        Raises:
+            ValueError: If the documents do not fit the model.
+        """
+        if not isinstance(documents, DocumentWindows):
+            shape = {"window": self.window, "lanes": self.lanes}
+            documents = DocumentWindows(documents, offsets=offsets, lengths=lengths, **shape)
+        plan = documents.plan
+        rows = self.predict(documents, verbose=verbose)
+
+        def in_order(rows: np.ndarray) -> np.ndarray:
+            ended = rows.reshape(*plan.ends.shape, *rows.shape[1:])[plan.ends]
+            result = np.empty_like(ended)
+            result[plan.document[plan.ends]] = ended
+            return result
+
+        return keras.tree.map_structure(in_order, rows)
+
+    def predict_step(self, data: Any) -> Any:
+        """Predicts one window of every lane.
+
+        Args:
+            data: A batch of `DocumentWindows.dataset(flags=True)`.
+
+        Returns:
+            The model's outputs, at the last real step of the window where they have a time axis.
+        """
+        x = begin_lanes(self, data[0] if isinstance(data, tuple) else data)
+        outputs = run_window(self, x, training=False)
+        return last_real_steps(outputs, self.outputs, x["lengths"], self.window)
+
+
+@contextlib.contextmanager
+def without_training(model: PredictsDocuments, x: Any) -> Iterator[None]:
+    """Leaves training where it is: states, the place of each lane, the epochs of windows.
+
+    Args:
+        model: The model that runs within the context.
+        x: What it runs on.
+    """
+    sources = (_batches.source_of(x), model.fitted_windows)
+    epochs = [(windows, windows.epoch) for windows in sources if windows is not None]
+    order = model.window_order.get()
+    model.window_order.clear()
+    try:
+        with preserve_states(model):
+            yield
+    finally:
+        model.window_order.set(order)
+        for windows, epoch in epochs:
+            windows.epoch = epoch
+
+
+@contextlib.contextmanager
+def _single_steps(model: keras.Model) -> Iterator[None]:
+    """Keras's `predict` would build the model once for each of `steps_per_execution`."""
+    steps, model.steps_per_execution = model.steps_per_execution, 1
+    try:
+        yield
+    finally:
+        model.steps_per_execution = steps

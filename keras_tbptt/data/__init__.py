@@ -1,0 +1,6 @@
+"""Documents as lanes of windows."""
+
+from keras_tbptt.data._packing import PACKINGS
+from keras_tbptt.data.windows import DocumentWindows
+
+__all__ = ["PACKINGS", "DocumentWindows"]

@@ -1,0 +1,202 @@
+"""What an exported model serves, with requests checked: its signatures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_tbptt import _keras
+from keras_tbptt._batches import embeddings_of_ids
+from keras_tbptt.serving._stream import DocumentRunner, StreamState
+from keras_tbptt.text import WORDLESS, standardize
+
+_TEXT = tf.TensorSpec([None], tf.string, name="text")
+_LENGTHS = tf.TensorSpec([None], tf.int32, name="lengths")
+_STATE = tf.TensorSpec([None, None], tf.float32, name="state")
+_START = tf.TensorSpec([None], tf.bool, name="start")
+_BATCH_SIZE = tf.TensorSpec([], tf.int32, name="batch_size")
+
+
+def signatures(
+    model: keras.Model, vectorizer: keras.layers.TextVectorization | None
+) -> dict[str, Callable]:
+    """The functions that an export serves, by name (see `export_saved_model`).
+
+    Args:
+        model: A functional model with stateful layers and one input `[lanes, window, ...]`.
+        vectorizer: Turns texts into ids; None for a model that does not take text.
+
+    Raises:
+        ValueError: If the model has no stateful layer, or as `output_names`.
+    """
+    served = _Served(model, vectorizer)
+    tokens = _graph_function(served.tokens, served.steps, _LENGTHS)
+    stream_tokens = _graph_function(served.stream_tokens, served.steps, _LENGTHS, _STATE, _START)
+    found = {
+        "serving_default": tokens,
+        "tokens": tokens,
+        "stream": stream_tokens,
+        "stream_tokens": stream_tokens,
+        "initial_state": _graph_function(served.initial_state, _BATCH_SIZE),
+    }
+    if vectorizer is not None:
+        found["serving_default"] = _graph_function(served.text, _TEXT)
+        found["stream"] = _graph_function(served.stream_text, _TEXT, _STATE, _START)
+    return found
+
+
+class _Served:
+    """The bodies of the signatures.
+
+    Args:
+        model: As in `signatures`.
+        vectorizer: As in `signatures`.
+
+    Attributes:
+        steps: The `tf.TensorSpec` of ids or features.
+    """
+
+    def __init__(self, model: keras.Model, vectorizer: keras.layers.TextVectorization | None):
+        given = model.inputs[0]
+        floats = keras.backend.is_float_dtype(given.dtype)
+        name = "features" if floats else "ids"
+        self.steps = tf.TensorSpec([None, None, *given.shape[2:]], given.dtype, name=name)
+        self._vectorizer = vectorizer
+        self._names = output_names(model, taken={"state"})
+        self._run, self._layout = DocumentRunner(model), StreamState(model)
+        self._embeddings = [] if floats else embeddings_of_ids(model, model.inputs)
+
+    def tokens(self, steps: tf.Tensor, lengths: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Whole documents of ids or features."""
+        return self._named(self._run(self._checked(steps, lengths, least=1), lengths)[0])
+
+    def stream_tokens(
+        self, steps: tf.Tensor, lengths: tf.Tensor, state: tf.Tensor, start: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """The next ids or features of streams."""
+        state = self._checked_state(steps, self.steps.name, state, start)
+        return self._go_on(self._checked(steps, lengths, least=0), lengths, state, start)
+
+    def text(self, text: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Whole texts."""
+        ids = self._vectorizer(text)
+        return self._named(self._run(ids.to_tensor(), ids.row_lengths())[0])
+
+    def stream_text(
+        self, text: tf.Tensor, state: tf.Tensor, start: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """The next text of streams."""
+        state = self._checked_state(text, "text", state, start)
+        ids = self._vectorizer(text)
+        lengths = tf.where(standardize(text) == WORDLESS, 0, tf.cast(ids.row_lengths(), "int32"))
+        return self._go_on(ids.to_tensor(), lengths, state, start)
+
+    def initial_state(self, batch_size: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The state before the first step."""
+        check = _require(batch_size >= 0, "`batch_size` must not be negative.", batch_size)
+        return {"state": tf.repeat(self._layout.initial(), _after([check], batch_size), axis=0)}
+
+    def _named(self, outputs: Any) -> dict[str, tf.Tensor]:
+        return dict(zip(self._names, keras.tree.flatten(outputs), strict=True))
+
+    def _go_on(
+        self, steps: tf.Tensor, lengths: tf.Tensor, state: tf.Tensor, start: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        outputs, states = self._layout.unpack(state, start)
+        outputs, states = self._run(steps, lengths, outputs, states)
+        return {**self._named(outputs), "state": self._layout.pack(outputs, states)}
+
+    def _checked(self, steps: tf.Tensor, lengths: tf.Tensor, least: int) -> tf.Tensor:
+        name, time = self.steps.name, tf.shape(steps)[1]
+        inside = (lengths >= least) & (lengths <= time)
+        message = f"`lengths` must lie between {least} and the steps of `{name}`."
+        checks = [_same_rows(name, steps, "lengths", lengths), _require(inside, message, lengths)]
+        if steps.dtype.is_floating:
+            finite = tf.math.is_finite(steps)
+            checks.append(_require(finite, "`features` must be finite.", steps))
+        for embedding in self._embeddings:
+            largest = embedding.input_dim - 1
+            known = (steps >= 0) & (steps <= largest)
+            checks.append(_require(known, f"`ids` must lie between 0 and {largest}.", steps))
+            if embedding.mask_zero:
+                real = tf.sequence_mask(lengths, time)
+                message = "Id 0 is padding to this model: `ids` must be at least 1."
+                checks.append(_require((steps > 0) | ~real, message, steps))
+        return _after(checks, steps)
+
+    def _checked_state(
+        self, rows: tf.Tensor, name: str, state: tf.Tensor, start: tf.Tensor
+    ) -> tf.Tensor:
+        same = _same_rows(name, rows, "state", state), _same_rows(name, rows, "start", start)
+        width, columns = self._layout.width, tf.shape(state)[1]
+        right = _require(columns == width, f"`state` must have {width} columns.", columns)
+        state = _after([*same, right], state)
+        used = tf.math.is_finite(state) | start[:, None]
+        message = "`state` must be finite: send what the last reply had."
+        return _after([_require(used, message, state)], state)
+
+
+def _graph_function(serve: Callable, *specs: tf.TensorSpec) -> Callable:
+    """A graph function that names an input of the wrong rank, which TF Serving does not check."""
+
+    @tf.function(input_signature=specs)
+    def function(*given):
+        return serve(
+            *(tf.ensure_shape(t, spec.shape) for t, spec in zip(given, specs, strict=True))
+        )
+
+    return function
+
+
+def _require(condition: tf.Tensor, message: str, received: tf.Tensor) -> tf.Operation:
+    received = [f"{message} Received:", received]
+    return tf.debugging.Assert(tf.reduce_all(condition), received, summarize=8)
+
+
+def _after(checks: list[tf.Operation], tensor: tf.Tensor) -> tf.Tensor:
+    """The tensor, for use only once the checks have passed."""
+    with tf.control_dependencies(checks):
+        return tf.identity(tensor)
+
+
+def _same_rows(name: str, tensor: tf.Tensor, other_name: str, other: tf.Tensor) -> tf.Operation:
+    rows, other_rows = tf.shape(tensor)[0], tf.shape(other)[0]
+    message = f"`{name}` and `{other_name}` must have the same number of rows."
+    return _require(rows == other_rows, message, tf.stack([rows, other_rows]))
+
+
+def output_names(model: keras.Model, taken: Collection[str]) -> list[str]:
+    """Names the model's outputs, in the order in which `keras.tree.flatten` gives them.
+
+    Args:
+        model: A functional model.
+        taken: Names that the signature needs for itself.
+
+    Returns:
+        `["probability"]` for one sigmoid or softmax layer; else the keys of the dict of outputs, or
+        the names of the layers that give the outputs.
+
+    Raises:
+        ValueError: If two outputs have one name, an output has none, or a name is taken.
+    """
+    outputs = keras.tree.flatten(model.output)
+    activation = getattr(_keras.producer(outputs[0]), "activation", None)
+    if len(outputs) == 1 and getattr(activation, "__name__", "") in ("sigmoid", "softmax"):
+        return ["probability"]
+    names = sorted(model.output) if isinstance(model.output, dict) else model.output_names
+    if len(set(names)) != len(outputs):
+        raise ValueError(
+            "Every output needs a name of its own: give the model a flat dict of outputs. "
+            f"Received: {len(outputs)} outputs with the names {names}"
+        )
+    for name in names:
+        if name in taken:
+            raise ValueError(
+                f"An output cannot be named {name!r}, because the exported stream uses this name: "
+                "rename the output's layer, or its key in the dict of outputs. "
+                f"Received: outputs {names}"
+            )
+    return names
