@@ -112,7 +112,7 @@ def test_whole_documents_are_read_as_windows_are(layer):
         model = token_model(layers=layers)
         documents = random_documents()
         ragged = tf.ragged.constant([d.tolist() for d in documents])
-        read = tf.function(DocumentRunner(model))
+        read = tf.function(DocumentRunner(model).run)
         outputs, _ = read(ragged.to_tensor(), ragged.row_lengths())
         expected = model.predict_documents(documents)
     np.testing.assert_allclose(outputs, expected, atol=1e-6)
@@ -176,7 +176,7 @@ def test_an_output_may_have_the_name_of_an_input(vectorizer, tmp_path):
     path = keras_tbptt.export_saved_model(model, tmp_path, vectorizer)
     serve = tf.saved_model.load(str(path)).signatures
     ids, lengths = tf.constant([[2, 3, 4]]), tf.constant([3])
-    expected, _ = tf.function(DocumentRunner(model))(ids, lengths)
+    expected, _ = tf.function(DocumentRunner(model).run)(ids, lengths)
     state = serve["initial_state"](tf.constant(1))["state"]
     stream = {"ids": ids, "lengths": lengths, "state": state, "start": tf.constant([True])}
     answer = serve["stream_tokens"](**stream)

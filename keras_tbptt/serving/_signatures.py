@@ -66,12 +66,12 @@ class _Served:
         self.steps = tf.TensorSpec([None, None, *given.shape[2:]], given.dtype, name=name)
         self._vectorizer = vectorizer
         self._names = output_names(model, taken={"state"})
-        self._run, self._layout = DocumentRunner(model), StreamState(model)
+        self._runner, self._layout = DocumentRunner(model), StreamState(model)
         self._embeddings = [] if floats else embeddings_of_ids(model, model.inputs)
 
     def tokens(self, steps: tf.Tensor, lengths: tf.Tensor) -> dict[str, tf.Tensor]:
         """Whole documents of ids or features."""
-        return self._named(self._run(self._checked(steps, lengths, least=1), lengths)[0])
+        return self._named(self._runner.run(self._checked(steps, lengths, least=1), lengths)[0])
 
     def stream_tokens(
         self, steps: tf.Tensor, lengths: tf.Tensor, state: tf.Tensor, start: tf.Tensor
@@ -83,7 +83,7 @@ class _Served:
     def text(self, text: tf.Tensor) -> dict[str, tf.Tensor]:
         """Whole texts."""
         ids = self._vectorizer(text)
-        return self._named(self._run(ids.to_tensor(), ids.row_lengths())[0])
+        return self._named(self._runner.run(ids.to_tensor(), ids.row_lengths())[0])
 
     def stream_text(
         self, text: tf.Tensor, state: tf.Tensor, start: tf.Tensor
@@ -106,7 +106,7 @@ class _Served:
         self, steps: tf.Tensor, lengths: tf.Tensor, state: tf.Tensor, start: tf.Tensor
     ) -> dict[str, tf.Tensor]:
         outputs, states = self._layout.unpack(state, start)
-        outputs, states = self._run(steps, lengths, outputs, states)
+        outputs, states = self._runner.run(steps, lengths, outputs, states)
         return {**self._named(outputs), "state": self._layout.pack(outputs, states)}
 
     def _checked(self, steps: tf.Tensor, lengths: tf.Tensor, least: int) -> tf.Tensor:

@@ -39,7 +39,7 @@ class DocumentRunner:
             lambda output: without_time_axis(output, self._window), model.output
         )
 
-    def __call__(
+    def run(
         self, steps: tf.Tensor, lengths: tf.Tensor, outputs: Any = None, states: Any = None
     ) -> tuple[Any, list[tf.Tensor]]:
         """Runs the next steps of each document.

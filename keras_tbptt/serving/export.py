@@ -94,26 +94,27 @@ def export_saved_model(
     served.endpoints = signatures(model, vectorizer)
     warmup = _warmup_requests(path.name, warmup_texts, StreamState(model).width)
 
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if version is not None and (path / str(version)).exists():
-            raise _version_exists(path, version)
-        with partial_directory(path, ".export-") as partial:
-            tf.saved_model.save(
-                served,
-                str(partial),
-                signatures=served.endpoints,
-                options=tf.saved_model.SaveOptions(save_debug_info=False),
-            )
-            if warmup:
-                _write_warmup(partial, warmup)
-            partial.chmod(0o755)
-            final = _publish(partial, path, version)
-    except OSError as error:
-        raise OSError(
-            f"The export directory cannot be written: choose one that can. "
-            f"Received: path={str(path)!r} ({error.strerror})"
-        ) from error
+    with contextlib.ExitStack() as stack:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if version is not None and (path / str(version)).exists():
+                raise _version_exists(path, version)
+            partial = stack.enter_context(partial_directory(path, ".export-"))
+        except OSError as error:
+            raise OSError(
+                f"The export directory cannot be written: choose one that can. "
+                f"Received: path={str(path)!r} ({error.strerror})"
+            ) from error
+        tf.saved_model.save(
+            served,
+            str(partial),
+            signatures=served.endpoints,
+            options=tf.saved_model.SaveOptions(save_debug_info=False),
+        )
+        if warmup:
+            _write_warmup(partial, warmup)
+        partial.chmod(0o755)
+        final = _publish(partial, path, version)
     if keep is not None:
         _delete(path, _versions(path)[:-keep])
     return final
