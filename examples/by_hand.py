@@ -58,7 +58,7 @@ def train_step(tokens, starts, labels, weights):
         losses = keras.losses.binary_crossentropy(labels[:, None], model(tokens, training=True))
         loss = tf.reduce_mean(losses * weights)
     gradients = tape.gradient(loss, model.trainable_variables)
-    # Adam squares gradients: a token that the batch has twice needs the sum of its two first.
+    # The embedding's gradient has a row per occurrence of a token. Adam needs the rows' sum.
     gradients = [tf.convert_to_tensor(gradient) for gradient in gradients]
     optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
 
