@@ -10,6 +10,7 @@ if _backend.backend() != "tensorflow":
     )
 
 from keras_tbptt import client, diagnostics, layers, losses, optimizers, state, text
+from keras_tbptt._version import __version__
 from keras_tbptt.callbacks import ExactBackup, ResetStates
 from keras_tbptt.data import DocumentWindows
 from keras_tbptt.model import TBPTTModel
@@ -20,6 +21,7 @@ __all__ = [
     "ExactBackup",
     "ResetStates",
     "TBPTTModel",
+    "__version__",
     "client",
     "diagnostics",
     "export_onnx",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
@@ -14,7 +14,7 @@ from keras_tbptt import _keras
 from keras_tbptt._tensors import of_rank
 from keras_tbptt.layers import ConcatPooling
 
-Mask = tf.Tensor | None
+Mask: TypeAlias = tf.Tensor | None
 
 # Layers that read a sequence step by step, or reduce it, and so give other results with padding.
 _ALONG_TIME = (keras.layers.RNN, ConcatPooling, keras.layers.GlobalAveragePooling1D)

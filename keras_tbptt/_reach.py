@@ -158,7 +158,7 @@ def backpropagate(
     Returns:
         A tensor per variable, in the shape of the variable but for `slices`.
     """
-    gathered = set()
+    gathered: set[int] = set()
 
     def step(window, back, values):
         gradients, upstream = values

@@ -347,9 +347,10 @@ def _not_an_array(name: str, value: Any) -> ValueError:
 
 def _sendable(text: str | bytes) -> str | bytes:
     """A lone surrogate is not UTF-8, so its text is sent as `keras_tbptt.text` encodes it."""
+    if isinstance(text, bytes):
+        return text
     try:
-        if isinstance(text, str):
-            text.encode()
+        text.encode()
         return text
     except UnicodeEncodeError:
         return text.encode("utf-8", "surrogatepass")

@@ -252,4 +252,5 @@ def _compare(cut: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
     cut, exact = cut.astype("float64"), exact.astype("float64")
     size = np.linalg.norm(exact)
     with np.errstate(invalid="ignore"):
-        return np.linalg.norm(cut - exact) / size, cut @ exact / (np.linalg.norm(cut) * size)
+        bias = np.linalg.norm(cut - exact) / size
+        return float(bias), float(cut @ exact / (np.linalg.norm(cut) * size))

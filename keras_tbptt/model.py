@@ -124,10 +124,10 @@ class TBPTTModel(PredictsDocuments):
         if not isinstance(burn_in, int) or burn_in < 0:
             raise ValueError(f"`burn_in` must be an integer >= 0. Received: burn_in={burn_in!r}")
         super().__init__(inputs, outputs, name=name, **kwargs)
-        self.window_loss = window_loss
-        self.backprop_windows = backprop_windows
-        self.cut_probability = cut_probability
-        self.burn_in = burn_in
+        self.window_loss: WindowLoss = window_loss
+        self.backprop_windows: int | str = backprop_windows
+        self.cut_probability: float = cut_probability
+        self.burn_in: int = burn_in
         self._cuts = keras.random.SeedGenerator() if backprop_windows == "artbp" else None
         if window_loss == "pooled" and not any(pooling_states(self)):
             raise ValueError(
@@ -322,7 +322,7 @@ class TBPTTModel(PredictsDocuments):
         """
         x, y, weight = begin(self, data)
         per_step = _batches.is_per_step(weight)
-        counted = "per_window" if per_step else "final_only"
+        counted: WindowLoss = "per_window" if per_step else "final_only"
         share = window_weights(counted, x, self.window, per_step)
         return self._report(self._evaluate(x, y, weight * share, share), x, y, weight, share)
 

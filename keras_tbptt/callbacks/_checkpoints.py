@@ -90,7 +90,7 @@ class CheckpointDirectory:
         about: Mapping[str, Any],
     ) -> None:
         tf.train.Checkpoint(variables=list(variables)).write(str(partial / "variables"))
-        arrays: dict[str, np.ndarray] = {}
+        arrays: dict[str, Any] = {}
         text = json.dumps(_packed(about, arrays), indent=1)
         (partial / "about.json").write_text(text, encoding="utf-8")
         np.savez(partial / "arrays.npz", **arrays)
@@ -153,7 +153,7 @@ def _synchronise(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def _packed(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+def _packed(value: Any, arrays: dict[str, Any]) -> Any:
     """What JSON can hold, with arrays replaced by their names in `arrays`."""
     if isinstance(value, dict):
         return {name: _packed(v, arrays) for name, v in value.items()}

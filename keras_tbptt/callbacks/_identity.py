@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import marshal
 import types
@@ -57,7 +58,7 @@ def optimizer_configs(model: keras.Model) -> list[dict[str, Any]]:
     """
     configs = []
     for optimizer in unwrapped(model.optimizer):
-        config = _plain(lambda this=optimizer: keras.saving.serialize_keras_object(this))
+        config = _plain(functools.partial(keras.saving.serialize_keras_object, optimizer))
         config = config or {"class_name": type(optimizer).__name__}
         configs.append({name: v for name, v in config.items() if name not in _WRAPPED})
     return configs

@@ -74,7 +74,7 @@ def _class_of(callback: keras.callbacks.Callback) -> str:
 def _attributes_of(callback: keras.callbacks.Callback) -> dict[str, Any]:
     arguments = {"params", "model", "validation_data"}
     for cls in type(callback).__mro__:
-        arguments.update(inspect.signature(cls.__init__).parameters)
+        arguments.update(inspect.signature(cls.__init__).parameters)  # type: ignore[misc]
     return {
         name: value
         for name, value in vars(callback).items()

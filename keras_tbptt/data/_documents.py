@@ -94,7 +94,7 @@ def check_padding(documents: Any, lengths: Any = None) -> None:
     if longest < 2:
         return  # a document has at least one step
     ends = np.asarray(documents[:, :: longest - 1])
-    zero = ~ends.reshape(count, 2, -1).any(axis=-1)
+    zero = ~np.any(ends.reshape(count, 2, -1), axis=-1)
     if lengths is None and zero.any():
         raise ValueError(
             "An array of documents may be padded with zeros: give `lengths` (with "
@@ -182,7 +182,7 @@ def read_dataset(dataset: tf.data.Dataset, labels: Any) -> tuple[Any, Any]:
             f"labels={'None' if labels is None else type(labels).__name__}"
         )
     rows = list(dataset.as_numpy_iterator())
-    documents = [row[0] for row in rows] if paired else rows
+    documents: Any = [row[0] for row in rows] if paired else rows
     spec = dataset.element_spec[0] if paired else dataset.element_spec
     if rows and isinstance(spec, tf.TensorSpec) and spec.shape.is_fully_defined():
         documents = np.stack(documents)  # as padded as the array that it was sliced from

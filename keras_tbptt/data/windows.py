@@ -14,7 +14,7 @@ from keras_tbptt.data import _documents as forms
 from keras_tbptt.data._packing import IDLE, PACKINGS, Plan
 from keras_tbptt.data._pipeline import WindowPipeline
 from keras_tbptt.data._targets import TargetForm, kept
-from keras_tbptt.losses import check_window_loss, window_weights
+from keras_tbptt.losses import WindowLoss, check_window_loss, window_weights
 
 
 class DocumentWindows:
@@ -237,7 +237,11 @@ class DocumentWindows:
         return self.plan.ends
 
     def dataset(
-        self, flags: bool = False, window_loss: str = "per_window", *, evaluation: bool = False
+        self,
+        flags: bool = False,
+        window_loss: WindowLoss = "per_window",
+        *,
+        evaluation: bool = False,
     ) -> tf.data.Dataset:
         """The windows of an epoch as Keras batches; iterating again gives the next epoch.
 
@@ -389,7 +393,7 @@ def _refuse_shuffle(*args: Any, **kwargs: Any) -> None:
 
 
 def _stock_batch(
-    window_loss: str, window: int, per_step: bool, scale: float, x: Any, *targets: Any
+    window_loss: WindowLoss, window: int, per_step: bool, scale: float, x: Any, *targets: Any
 ) -> tuple:
     """A batch for a model that knows nothing of windows: the weights say which count."""
     if not targets:

@@ -53,7 +53,10 @@ def lstm_in_groups(
         return _lstm(x, h, c, mask, weights, transposed, sequences)
     sizes = [lanes // groups + (g < lanes % groups) for g in range(groups)]
     parts = [[None] * groups if v is None else tf.split(v, sizes) for v in (x, h, c, mask)]
-    results = [_lstm(*group, weights, transposed, sequences) for group in zip(*parts, strict=True)]
+    results = [
+        _lstm(*group, weights, transposed, sequences)  # type: ignore[call-arg]
+        for group in zip(*parts, strict=True)
+    ]
     return tuple(
         None if group[0] is None else tf.concat(group, 0) for group in zip(*results, strict=True)
     )

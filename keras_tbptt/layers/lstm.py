@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -67,7 +69,7 @@ class LSTM(keras.layers.LSTM):
         self,
         sequences: tf.Tensor,
         initial_state: list[tf.Tensor],
-        mask: tf.Tensor | list[tf.Tensor] | None,
+        mask: Any,
         training: bool = False,
     ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
         """Runs the steps of one call; `keras.layers.RNN.call` wraps it.
@@ -97,9 +99,8 @@ class LSTM(keras.layers.LSTM):
             mask = None if mask is None else tf.reverse(mask, [1])
 
         weights = self._joined_weights(masked=mask is not None)
-        outputs, h, c = lstm_in_groups(
-            sequences, *initial_state, mask, weights, self.return_sequences
-        )
+        h, c = initial_state
+        outputs, h, c = lstm_in_groups(sequences, h, c, mask, weights, self.return_sequences)
         last = h
         if mask is not None:
             # The state carried in shows in no output: before a lane's first step Keras gives zeros.

@@ -40,7 +40,7 @@ class ConcatPooling(keras.layers.Layer):
         super().__init__(**kwargs)
         self.stateful = stateful
         self.supports_masking = True
-        self.states = None
+        self.states: list[keras.Variable] | None = None
 
     def build(self, shape: tuple) -> None:
         """Makes the state.

@@ -22,7 +22,7 @@ _BATCH_SIZE = tf.TensorSpec([], tf.int32, name="batch_size")
 
 def signatures(
     model: keras.Model, vectorizer: keras.layers.TextVectorization | None
-) -> dict[str, Callable]:
+) -> dict[str, tf.types.experimental.PolymorphicFunction]:
     """The functions that an export serves, by name (see `export_saved_model`).
 
     Args:
@@ -139,7 +139,9 @@ class _Served:
         return _after([_require(used, message, state)], state)
 
 
-def _graph_function(serve: Callable, *specs: tf.TensorSpec) -> Callable:
+def _graph_function(
+    serve: Callable, *specs: tf.TensorSpec
+) -> tf.types.experimental.PolymorphicFunction:
     """A graph function that names an input of the wrong rank, which TF Serving does not check."""
 
     @tf.function(input_signature=specs)
