@@ -73,7 +73,7 @@ def train_and_test(
 
     Returns:
         For each seed: `seconds`, `found` (the probability of a 1, for each position of the 1) and
-        `false_alarm` (the same where there is none).
+        `false_alarm` (the same for sequences without a 1).
     """
     tests = np.concatenate([np.eye(STEPS), np.zeros((1, STEPS))])[..., None].astype("float32")
     figures: dict[str, list] = {"seconds": [], "found": [], "false_alarm": []}
@@ -93,7 +93,7 @@ def train_and_test(
 
 
 def accuracy_by_position(row: dict[str, Any]) -> np.ndarray:
-    """The share of seeds that answer rightly: float `[21]`, by position, and last without a 1.
+    """The share of seeds that answer correctly: float `[21]`, by position, and last without a 1.
 
     Args:
         row: Figures of `train_and_test`.
@@ -160,7 +160,7 @@ def draw(rows: list[dict[str, Any]], path: Any) -> None:
                 yticklabels=[row["setting"] for row in chosen],
             )
         panels[1].set_yticklabels([])
-        label = "share of seeds that answer rightly"
+        label = "share of seeds that answer correctly"
         panels[0].figure.colorbar(image, ax=list(panels), label=label)
 
 

@@ -47,8 +47,8 @@ flags.DEFINE_integer(
 )  # fmt: skip
 
 flags.DEFINE_boolean(
-    "resume", False, "Go on with the run in --run_dir, or else with the newest of this experiment "
-    "that has the same flags; where there is none, begin."
+    "resume", False, "Resume the run in --run_dir or, without --run_dir, the newest run of this "
+    "experiment with the same flags. If there is none, a new run starts."
 )  # fmt: skip
 
 flags.DEFINE_float("backup_seconds", 60.0, "Seconds between two backups of training.", 0)
@@ -105,11 +105,11 @@ def use_cores() -> None:
 
 def _say_how_to_go_on() -> None:
     if RunDirectory.current is not None and RunDirectory.current.command:
-        print(f"\nInterrupted. To go on: {RunDirectory.current.command}", file=sys.stderr)
+        print(f"\nInterrupted. To resume: {RunDirectory.current.command}", file=sys.stderr)
 
 
 class RunError(Exception):
-    """What a person can mend: the message is one sentence with the remedy."""
+    """An error that a person can fix: the message is one sentence with the remedy."""
 
 
 class RunDirectory:
@@ -117,18 +117,18 @@ class RunDirectory:
 
     Args:
         experiment: Name of the experiment.
-        key: What tells this run from others in a listing, such as `"window30"`.
-        free: Flags that may differ from those of the run that is gone on with.
-        resumable: Whether such a run can be gone on with at all.
+        key: What distinguishes this run from others in a listing, such as `"window30"`.
+        free: Flags that may differ from those of the run that is resumed.
+        resumable: Whether such a run can be resumed at all.
 
     Attributes:
         path: The folder.
-        results: What `results.json` of the run that is gone on with holds so far; else empty.
-        command: Goes on with this run; None if that cannot be done.
+        results: What `results.json` of the resumed run holds so far; empty for a new run.
+        command: Resumes this run; None if that is not possible.
 
     Raises:
-        RunError: If the folder cannot be written, or holds a run already that is not gone on with,
-            or one of other flags.
+        RunError: If the folder cannot be written, holds a run already and `--resume` is not given,
+            or holds a run with other flags.
     """
 
     current: RunDirectory | None = None
@@ -145,7 +145,7 @@ class RunDirectory:
         there = pathlib.Path(given) if given else None
         if resume and not resumable:
             raise RunError(
-                f"A run of {module} cannot be gone on with: leave --resume out. Received: --resume"
+                f"A run of {module} cannot be resumed: leave out --resume. Received: --resume"
             )
         if resume and not given:
             runs = pathlib.Path("runs", experiment).glob("*/flags.txt")
@@ -153,7 +153,7 @@ class RunDirectory:
             there = max(same, default=None)
         if there is not None and (there / "flags.txt").exists():
             if not resume:
-                remedy = "go on with it by --resume, or name" if resumable else "name"
+                remedy = "resume it with --resume, or name" if resumable else "name"
                 raise RunError(
                     f"The run directory holds a run already: {remedy} another with --run_dir. "
                     f"Received: --run_dir={there}"
@@ -162,7 +162,8 @@ class RunDirectory:
             if (there / "results.json").exists():
                 self.results = json.loads((there / "results.json").read_text(encoding="utf-8"))
         elif resume:
-            print(f"There is no run to go on with in {there or f'runs/{experiment}'}: it begins.")
+            where = there or f"runs/{experiment}"
+            print(f"There is no run to resume in {where}. A new run starts.")
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.path = there or pathlib.Path(f"runs/{experiment}/{stamp}-{key}")
         check_writable(self.path, "--run_dir")
@@ -180,7 +181,7 @@ class RunDirectory:
         )
         if old != new:
             raise RunError(
-                "The run that is gone on with has other flags: give it the same, with "
+                "The run to resume has other flags: give the same flags, with "
                 f"--flagfile={there / 'flags.txt'}, or name another --run_dir. Received: "
                 f"{' '.join(sorted(new - old)) or 'none'} where the run has "
                 f"{' '.join(sorted(old - new)) or 'none'}"

@@ -184,7 +184,7 @@ def main() -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
-                process.terminate()  # each saves, so that it can be gone on with
+                process.terminate()  # each saves first, so that it can be resumed
             raise
     draw(rows, directory / "window_study.png")
     print_closing_table(rows)

@@ -35,7 +35,7 @@ class ResetStates(keras.callbacks.Callback):
         validation: The same for the `validation_data` of `fit`. Defaults to None: no validation.
 
     Raises:
-        ValueError: When the callback is made, if an argument is none of these.
+        ValueError: When the callback is made, if an argument is invalid.
             When training or an evaluation begins, if it cannot be correct:
             `steps_per_execution > 1` (Keras then calls no callback between batches), a model
             without stateful layers or with another batch size, another number of batches,

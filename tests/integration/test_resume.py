@@ -98,7 +98,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, status, tmp_path):
     _, errors = process.communicate()
     assert process.returncode == status, errors
     assert "Traceback" not in errors
-    command = errors.split("To go on: ")[1].splitlines()[0]
+    command = errors.split("To resume: ")[1].splitlines()[0]
     assert command == (
         f"python -m experiments.imdb --flagfile={run}/flags.txt --run_dir={run} --resume"
     )
@@ -108,7 +108,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, status, tmp_path):
 
 def test_resume_begins_where_there_is_nothing_and_overwrites_nothing(tmp_path):
     small = ["--limit=20", "--epochs=1", f"--run_dir={tmp_path}/run"]
-    assert "no run to go on with" in finish(start(*small, "--resume"))
+    assert "no run to resume" in finish(start(*small, "--resume"))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     again = start(*small)
     assert "--resume" in again.communicate()[1] and again.returncode
