@@ -13,7 +13,7 @@ import numpy as np
 from keras_tbptt._gradient_walk import GradientWalk
 from keras_tbptt.data.windows import DocumentWindows
 
-# Documents that are read side by side: their states at all steps are kept in memory.
+# Documents that run side by side: their states at all steps are kept in memory.
 _ROWS = 64
 
 
@@ -21,23 +21,23 @@ _ROWS = 64
 class GradientReach:
     """How a gradient fades with distance, and what is lost where it is cut.
 
-    Distances are in steps: the state at distance k is the one with which k steps of the document
-    are still to be read, so that k steps lie between it and the loss. The state just before the
-    last step has distance 1, the initial state of a document of T steps distance T. A window of
-    K steps carries the gradient to the states at distances below K.
+    Distances are in steps. The state at distance k is the state before the last k steps of the
+    document, so k steps lie between it and the loss. The state before the last step has distance 1;
+    the initial state of a document of T steps has distance T. A window of K steps carries the
+    gradient to the states at distances below K.
 
     Attributes:
         distances: int `[D]`: 1, 2, ... up to the longest document.
-        documents: int `[D]`: how many documents are that long; the norms are over these.
+        documents: int `[D]`: how many documents are at least that long; the norms are over these.
         norms: float `[D]`: the norm of d loss / d state, all state tensors together, mean over
             documents.
         quartiles: float `[3, D]`: the same norm's 25th, 50th and 75th percentile.
         truncated_norms: float `[D]`: the mean norm when the gradient is cut as the model cuts
             it: a document of T steps ends in a window of `(T - 1) % window + 1` steps, and the
             gradient goes through that one and the full windows before it, `backprop_windows` in
-            all. Where the reach is `"all"` nothing is cut, nor on average with `"artbp"`.
-        windows: int `[W]`: numbers of last steps K that the gradient over the parameters was cut
-            to.
+            all. With reach `"all"` nothing is cut; nor is it on average with `"artbp"`.
+        windows: int `[W]`: the numbers K of last steps to which the gradient over the parameters
+            was cut.
         relative_bias: float `[W]`: `|g_K - g| / |g|`, where g is the mean gradient over documents
             and g_K that of their last K steps.
         cosine: float `[W]`: the cosine between g_K and g.
@@ -60,12 +60,12 @@ class GradientReach:
 
     @property
     def decay_rate(self) -> float:
-        """What the norm is multiplied with per step further back: beta, below 1 where it fades.
+        """The factor beta of the norm per step further back: below 1 if the gradient fades.
 
-        By ordinary least squares on the logarithms of the norms (Aicher, Foti and Fox 2019,
-        "Adaptively truncating backpropagation through time to control gradient bias", section 4),
-        over the second half of the distances that at least half of the documents have and at
-        which the norm has not vanished. NaN where that leaves fewer than two.
+        It is found by ordinary least squares on the logarithms of the norms (Aicher, Foti and Fox
+        2019, "Adaptively truncating backpropagation through time to control gradient bias",
+        section 4), over the second half of the distances that at least half of the documents have
+        and at which the norm has not vanished. NaN if fewer than two distances are left.
         """
         common = 2 * self.documents >= self.documents[0]
         # Near float32's smallest number its components vanish one by one, which is no decay.
@@ -80,7 +80,7 @@ class GradientReach:
         """The smallest window whose gradient is near enough to the exact one.
 
         Args:
-            tolerance: float >= 0, the relative bias that is allowed.
+            tolerance: float >= 0. The relative bias that is allowed. Defaults to 0.1.
 
         Returns:
             The smallest of `windows` whose relative bias is at most that, or None.
@@ -92,14 +92,14 @@ class GradientReach:
         """Draws norms by distance, and relative bias and cosine by window.
 
         Args:
-            path: Where to save the figure too, in the format that its ending names; None for
-                nowhere.
+            path: The file in which to save the figure, in the format of its extension. Defaults to
+                None: it is not saved.
 
         Returns:
             A `matplotlib.figure.Figure` of two axes.
 
         Raises:
-            ImportError: Without matplotlib.
+            ImportError: If matplotlib is not installed.
         """
         try:
             from matplotlib.figure import Figure  # an extra: nothing else here needs it
@@ -140,19 +140,18 @@ def gradient_reach(
     """Measures how far back a model's gradient reaches, and the bias of cutting it.
 
     The loss is the one that the model was compiled with, of whole documents, taken once, at the
-    last step; without dropout, and without what regularisation adds. Documents are read one step at
-    a time, keeping the state before each, and walked through again backwards, which gives the
-    gradient at every state and, on the way, the gradient over the parameters cut to the last K
-    steps. Relative bias, and the decay by which it can be judged, are those of Aicher, Foti and
-    Fox 2019, "Adaptively truncating backpropagation through time to control gradient bias",
-    arXiv 1905.07473, sections 3 and 4.
+    last step, without dropout and without penalties. Documents run one step at a time, and the
+    state before each step is kept. A walk from the last step to the first then gives the gradient
+    at every state and, on the way, the gradient over the parameters cut to the last K steps.
+    Relative bias and decay are those of Aicher, Foti and Fox 2019, "Adaptively truncating
+    backpropagation through time to control gradient bias", arXiv 1905.07473, sections 3 and 4.
 
-    Nothing of the model is changed: neither its state nor its random generators. The memory
-    is that of the states of 64 documents at all of their steps, and of one gradient per K.
+    The model is not changed: neither its state nor its random generators. The memory needed is that
+    of the states of 64 documents at all of their steps, and of one gradient per K.
 
     Args:
         model: A compiled model with stateful layers and one input `[lanes, window, ...]`, such as
-            a `TBPTTModel`. Of outputs `[lanes, window, ...]` the last step is read.
+            a `TBPTTModel`. Of outputs `[lanes, window, ...]` the last step counts.
         documents: `DocumentWindows` with labels, of any window and lanes, or documents in any
             form that `DocumentWindows` takes.
         labels: As in `DocumentWindows`; None if `documents` holds them.
