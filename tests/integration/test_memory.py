@@ -24,7 +24,7 @@ import keras_tbptt
 from keras_tbptt.text import encode, make_vectorizer
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-EPOCHS, CALLS = 36, 40
+EPOCHS, CALLS = 36, 100
 
 
 def resident():
