@@ -125,17 +125,6 @@ class _Epoch(int):
         return True
 
 
-def without_cached_data(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `evaluate` for a data set that begins at its first batch.
-
-    In `fit`, Keras would go on in the middle of the data where `validation_steps` ended before.
-
-    Args:
-        arguments: Keyword arguments of `keras.Model.evaluate`.
-    """
-    return {name: v for name, v in arguments.items() if name != "_use_cached_eval_dataset"}
-
-
 class OpenAdam(keras.optimizers.Adam):
     """Adam whose slots and clipping a subclass can use."""
 

@@ -265,7 +265,6 @@ class TBPTTModel(PredictsDocuments):
             tf.errors.InvalidArgumentError: If the windows of a lane do not follow each other.
         """
         dataset = _batches.as_dataset(x, self, steps=kwargs.get("steps"))
-        kwargs = _keras.without_cached_data(kwargs)
         with without_training(self, x):
             results = super().evaluate(dataset, *args, **kwargs)
         if not _loss_metric(self).count.numpy():

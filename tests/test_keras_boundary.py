@@ -129,21 +129,3 @@ def test_the_slots_of_adam_and_its_clipping():
     np.testing.assert_allclose(momentum, [0.06, 0.0, 0.08], atol=1e-6)
     np.testing.assert_allclose(velocity, [0.00036, 0.0, 0.00064], atol=1e-7)
     assert float(tf.norm(optimizer.clip([tf.constant([3.0, 4.0])])[0])) == pytest.approx(1)
-
-
-def test_validation_can_begin_at_the_first_batch_in_every_epoch():
-    seen = []
-
-    class Begins(keras.Sequential):
-        def evaluate(self, *args, **kwargs):
-            seen.append("_use_cached_eval_dataset" in kwargs)
-            return super().evaluate(*args, **_keras.without_cached_data(kwargs))
-
-    model = Begins([keras.Input((1,)), L.Dense(1, kernel_initializer="zeros")])
-    model.compile(keras.optimizers.SGD(0.0), "mse")
-    x = np.array([[1.0], [2.0], [3.0], [4.0]])
-    history = model.fit(
-        x, x, batch_size=1, epochs=2, validation_data=(x, x), validation_steps=1, verbose=0
-    ).history
-    assert seen == [True, True]  # or Keras has changed, and the function can go
-    assert history["val_loss"] == [1.0, 1.0]
