@@ -9,7 +9,7 @@ if _backend.backend() != "tensorflow":
         f"Received: KERAS_BACKEND={_backend.backend()}"
     )
 
-from keras_tbptt import client, diagnostics, layers, losses, optimizers, state, text
+from keras_tbptt import client, diagnostics, layers, losses, metrics, optimizers, state, text
 from keras_tbptt._version import __version__
 from keras_tbptt.callbacks import ExactBackup, ResetStates
 from keras_tbptt.data import DocumentWindows
@@ -28,6 +28,7 @@ __all__ = [
     "export_saved_model",
     "layers",
     "losses",
+    "metrics",
     "optimizers",
     "state",
     "text",

@@ -78,6 +78,7 @@ def as_dataset(
             f"their dataset(flags=True). Received: {type(x).__name__} of {spec}"
         )
     if needs_labels:
+        _check_classes(source, model)
         flags, y, sample_weight = unpack(spec)
         _check_flags(flags, _flags_needed(flags, model, learns, is_per_step(sample_weight)))
         _check_targets(y, sample_weight, model.outputs, model.window)
@@ -290,6 +291,19 @@ def _check_windows(windows: DocumentWindows, model: keras.Model) -> None:
             "window's: remove strides and pooling before it, or give it documents that fill "
             f"their windows. Received: layers {off} of model {model.name!r}, {windows!r}"
         )
+
+
+def _check_classes(windows: DocumentWindows | None, model: keras.Model) -> None:
+    """Refuses an output that has no class for an id: a GPU would give NaN for it."""
+    if windows is None or not windows.predicts_next_step or windows.max_id is None:
+        return
+    for output in keras.tree.flatten(model.outputs):
+        if 1 < output.shape[-1] <= windows.max_id:
+            raise ValueError(
+                "The output must have a class for each id, because the target of a step is the id "
+                f"after it: give it {windows.max_id + 1} classes. "
+                f"Received: an output of shape {tuple(output.shape)}, id {windows.max_id}"
+            )
 
 
 def embeddings_of_ids(

@@ -13,7 +13,8 @@ from keras_tbptt import _batches
 from keras_tbptt._order import WindowOrder
 from keras_tbptt._saving import SavesStates
 from keras_tbptt._steps import begin_lanes, run_window
-from keras_tbptt._tensors import last_real_steps
+from keras_tbptt._tensors import has_time_axis
+from keras_tbptt.data._packing import Plan
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.state import preserve_states, state_variables
 
@@ -58,7 +59,8 @@ class PredictsDocuments(SavesStates):
             **kwargs: As in `keras.Model.predict`.
 
         Returns:
-            Arrays `[windows * lanes, ...]`, each read at the window's last real step.
+            The model's outputs as they are, padding and idle lanes included: arrays
+            `[windows * lanes, ...]`, or `[windows * lanes, window, ...]` with a time axis.
 
         Raises:
             ValueError: If the windows do not fit the model.
@@ -69,9 +71,15 @@ class PredictsDocuments(SavesStates):
             return super().predict(dataset, *args, **kwargs)
 
     def predict_documents(
-        self, documents: Any, offsets: Any = None, verbose: Any = 0, lengths: Any = None
+        self,
+        documents: Any,
+        offsets: Any = None,
+        verbose: Any = 0,
+        lengths: Any = None,
+        *,
+        last_step: bool = False,
     ) -> Any:
-        """One prediction per document, at its own last real step.
+        """One prediction per document, or one per step for outputs with a time axis.
 
         The prediction of a document depends on nothing but the document: not on the lanes, the
         window, or what else is predicted with it.
@@ -82,13 +90,22 @@ class PredictsDocuments(SavesStates):
             offsets: As in `DocumentWindows`.
             verbose: As in `keras.Model.predict`.
             lengths: As in `DocumentWindows`.
+            last_step: bool. Whether outputs with a time axis are returned at the last step of each
+                document alone. Defaults to False.
 
         Returns:
-            An array `[documents, ...]` in the order given; for several outputs the structure of
-            the model's outputs, of such arrays.
+            An array `[documents, ...]` in the order given, read at the last real step of each
+            document. For an output with a time axis, a list of arrays `[T, ...]`: every real step
+            of every document. For several outputs the structure of the model's outputs, of these.
 
         Raises:
             ValueError: If the documents do not fit the model.
+
+        Example:
+
+        ```python
+        tags = tagger.predict_documents([[3, 1, 4], [1, 5]])  # arrays [3, tags] and [2, tags]
+        ```
         """
         if not isinstance(documents, DocumentWindows):
             shape = {"window": self.window, "lanes": self.lanes}
@@ -96,13 +113,18 @@ class PredictsDocuments(SavesStates):
         plan = documents.plan
         rows = self.predict(documents, verbose=verbose)
 
-        def in_order(rows: np.ndarray) -> np.ndarray:
-            ended = rows.reshape(*plan.ends.shape, *rows.shape[1:])[plan.ends]
-            result = np.empty_like(ended)
-            result[plan.document[plan.ends]] = ended
-            return result
+        def in_order(rows: np.ndarray, output: keras.KerasTensor) -> Any:
+            rows = rows.reshape(*plan.ends.shape, *rows.shape[1:])
+            if not has_time_axis(output, self.window):
+                ended = rows[plan.ends]
+                result = np.empty_like(ended)
+                result[plan.document[plan.ends]] = ended
+                return result
+            steps, offsets = _real_steps(rows, plan)
+            return steps[offsets[1:] - 1] if last_step else np.split(steps, offsets[1:-1])
 
-        return keras.tree.map_structure(in_order, rows)
+        pairs = zip(keras.tree.flatten(rows), keras.tree.flatten(self.outputs), strict=True)
+        return keras.tree.pack_sequence_as(rows, [in_order(*pair) for pair in pairs])
 
     def predict_step(self, data: Any) -> Any:
         """Predicts one window of every lane.
@@ -111,11 +133,29 @@ class PredictsDocuments(SavesStates):
             data: A batch of `DocumentWindows.dataset(flags=True)`.
 
         Returns:
-            The model's outputs, at the last real step of the window where they have a time axis.
+            The model's outputs, `[lanes, ...]` or with a time axis `[lanes, window, ...]`.
         """
         x = begin_lanes(self, data[0] if isinstance(data, tuple) else data)
-        outputs = run_window(self, x, training=False)
-        return last_real_steps(outputs, self.outputs, x["lengths"], self.window)
+        return run_window(self, x, training=False)
+
+
+def _real_steps(rows: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """The real steps of all documents, one after another, and the offsets of the documents.
+
+    Args:
+        rows: `[windows, lanes, window, ...]`.
+        plan: Which steps these are.
+    """
+    totals = np.zeros(plan.document.max() + 1, "int64")
+    totals[plan.document[plan.ends]] = plan.total[plan.ends]
+    offsets = np.append(0, np.cumsum(totals))
+    busy = plan.length > 0
+    steps = np.arange(rows.shape[2])
+    real = steps < plan.length[busy][:, None]  # [busy windows, window]
+    begin = offsets[plan.document[busy]] + plan.offset[busy]
+    flat = np.empty((offsets[-1], *rows.shape[3:]), rows.dtype)
+    flat[(begin[:, None] + steps)[real]] = rows[busy][real]
+    return flat, offsets
 
 
 @contextlib.contextmanager

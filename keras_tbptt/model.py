@@ -218,6 +218,8 @@ class TBPTTModel(PredictsDocuments):
         """
         source = _batches.source_of(x)
         dataset = _batches.as_dataset(x, self, learns=True)
+        if source is not None:
+            _warn_of_idle_lanes(source)
         flags, y, sample_weight = _batches.unpack(dataset.element_spec)
         flags = _batches.with_all_flags(flags, self.lanes, self.window)
         y = _batches.as_outputs(y, sample_weight, self.outputs)
@@ -360,6 +362,16 @@ class TBPTTModel(PredictsDocuments):
         """Adds what a step found to the reported loss and the metrics."""
         report(_loss_metric(self), found.loss, found.penalty, share)
         return self.compute_metrics(x["inputs"], y, found.y_pred, weight * share)
+
+
+def _warn_of_idle_lanes(windows: DocumentWindows) -> None:
+    if 8 * windows.num_documents < windows.lanes:
+        warnings.warn(
+            "Most lanes have nothing to do, because a lane runs one document at a time: use fewer "
+            "lanes or, with a target per step, cut long sequences into a stream for each lane with "
+            f"streams=True. Received: {windows!r}",
+            stacklevel=3,
+        )
 
 
 class _FirstEpoch(keras.callbacks.Callback):

@@ -134,7 +134,9 @@ def test_outputs_per_step_are_read_at_the_documents_last_step():
     last.set_weights(model.get_weights())
     documents = random_documents()
     np.testing.assert_allclose(
-        model.predict_documents(documents), last.predict_documents(documents), atol=1e-6
+        model.predict_documents(documents, last_step=True),
+        last.predict_documents(documents),
+        atol=1e-6,
     )
 
 

@@ -11,10 +11,14 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tbptt.data import _documents as forms
+from keras_tbptt.data import _spans as spans
 from keras_tbptt.data._packing import IDLE, PACKINGS, Plan
 from keras_tbptt.data._pipeline import WindowPipeline
 from keras_tbptt.data._targets import TargetForm, kept
 from keras_tbptt.losses import WindowLoss, check_window_loss, window_weights
+
+# In the place of labels: the target of a step is the step after it.
+_NEXT_STEP = object()
 
 
 class DocumentWindows:
@@ -62,6 +66,10 @@ class DocumentWindows:
             `documents[i, :lengths[i]]`. An array that begins or ends a document with a zero step is
             refused without `lengths`, because that step may be padding.
         per_step: bool. Whether `labels` holds a target per step. Defaults to False.
+        streams: bool. Whether all documents are run together, as one long sequence, and cut into
+            `lanes` contiguous streams of equal length, up to one step. Each stream is then a
+            document. Every lane is busy, however few documents there are, and no step is dropped.
+            This needs a target per step. Defaults to False.
         mean_window: Optional int >= 2. Windows then have random lengths around it, drawn anew in
             every epoch from `(seed, epoch)`. `window`, at least 1.25 times as long, is the longest
             length. Most windows are about `mean_window` long; one in twenty is about half as long
@@ -77,8 +85,8 @@ class DocumentWindows:
 
     Raises:
         ValueError: If there are no documents, a document is empty, lengths disagree, an array may
-            be padded, a float is not finite, an id is negative, an integer does not fit int32, or
-            an argument is out of its range.
+            be padded, a float is not finite, an id is negative, an integer does not fit int32,
+            an argument is out of its range, or `streams` comes with labels or weights of documents.
 
     Example:
 
@@ -106,6 +114,7 @@ class DocumentWindows:
         offsets: Any = None,
         lengths: Any = None,
         per_step: bool = False,
+        streams: bool = False,
         mean_window: int | None = None,
         stretch: int | None = None,
     ):
@@ -134,17 +143,84 @@ class DocumentWindows:
 
         if isinstance(documents, tf.data.Dataset):
             documents, labels = forms.read_dataset(documents, labels)
-        values, self._offsets = forms.flatten(documents, offsets, lengths)
+        values, bounds = forms.flatten(documents, offsets, lengths)
         if offsets is None:
             forms.check_padding(documents, lengths)
         forms.check_values(values, "documents", ids=True)
         self._values = kept(values)
-        self._filler = forms.first_nonzero(self._values, self._offsets[0])
-        steps = np.diff(self._offsets)
-        form = TargetForm(steps, per_step, offsets, lengths, len(values))
-        self._targets = form.targets(labels)
-        self._weights = form.weights(weights)
-        self._layout = PACKINGS[packing](steps, self.window, self.lanes, mean_window, stretch)
+        self._filler = forms.first_nonzero(self._values, bounds[0])
+        self._next_step = labels is _NEXT_STEP
+        self._target_origin = -1 if self._next_step else int(bounds[0])
+        form = TargetForm(np.diff(bounds), per_step, offsets, lengths, len(values))
+        self._targets = self._values if self._next_step else form.targets(labels)
+        if streams:
+            _check_streams(self, weights)
+            self._begins, self._lengths = spans.streams(bounds, self._next_step, self.lanes)
+        else:
+            self._begins, self._lengths = spans.documents(bounds, self._next_step)
+        self._weights = np.ones(self.num_documents, "float32") if streams else form.weights(weights)
+        self._layout = PACKINGS[packing](
+            self._lengths, self.window, self.lanes, mean_window, stretch
+        )
+
+    @classmethod
+    def next_step(
+        cls,
+        sequences: Any,
+        *,
+        window: int,
+        lanes: int,
+        streams: bool | None = None,
+        offsets: Any = None,
+        **kwargs: Any,
+    ) -> DocumentWindows:
+        """Windows whose target at each step is the step after it, for language models and series.
+
+        The targets are the documents themselves, one step on, so nothing is stored twice. A
+        document of T steps gives T - 1 inputs, each with a target: its last step is a target only.
+
+        Args:
+            sequences: Documents, in any form that `DocumentWindows` takes; or one array `[T]` of
+                ids, which may be a `numpy.memmap`.
+            window: int >= 1. Steps in a window (K).
+            lanes: int >= 1. Rows in a batch.
+            streams: Optional bool. Whether the sequences are run together, in order, and cut into
+                `lanes` contiguous streams, as in the recipes for Penn Treebank (Zaremba et al.
+                2014, "Recurrent neural network regularization", section 4.1). Streams have equal
+                lengths, up to one step. The last target of a stream is the first input of the next,
+                so each step but the first of all is predicted exactly once. Defaults to None: True
+                for one array `[T]`, else False.
+            offsets: As in `DocumentWindows`.
+            **kwargs: Further arguments of `DocumentWindows`, except `labels` and `per_step`.
+
+        Returns:
+            `DocumentWindows` with a target per step: int32 `[lanes, window]`, or float32
+            `[lanes, window, F]`.
+
+        Raises:
+            ValueError: As for `DocumentWindows`, or if a document has only one step.
+
+        Example:
+
+        ```python
+        train = keras_tbptt.DocumentWindows.next_step(ids, window=20, lanes=20)
+        x, y, weight = next(iter(train.dataset()))  # y[:, :-1] equals x[:, 1:]
+        ```
+        """
+        one = isinstance(sequences, (np.ndarray, tf.Tensor)) and len(sequences.shape) == 1
+        if one and sequences.dtype != object and offsets is None:
+            offsets = [0, len(sequences)]
+            streams = True if streams is None else streams
+        return cls(
+            sequences,
+            _NEXT_STEP,
+            window=window,
+            lanes=lanes,
+            streams=bool(streams),
+            offsets=offsets,
+            per_step=True,
+            **kwargs,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the cache of plans, which cannot be pickled."""
@@ -164,12 +240,12 @@ class DocumentWindows:
     @property
     def num_documents(self) -> int:
         """How many documents there are."""
-        return len(self._offsets) - 1
+        return len(self._begins)
 
     @property
     def lengths(self) -> np.ndarray:
         """int64 `[documents]`: the steps of each document."""
-        return np.diff(self._offsets)
+        return self._lengths
 
     @property
     def num_steps(self) -> int:
@@ -185,6 +261,11 @@ class DocumentWindows:
     def has_labels(self) -> bool:
         """Whether there are labels."""
         return self._targets is not None
+
+    @property
+    def predicts_next_step(self) -> bool:
+        """Whether the target of a step is the step after it (see `next_step`)."""
+        return self._next_step
 
     @property
     def has_padding(self) -> bool:
@@ -219,7 +300,10 @@ class DocumentWindows:
     def fingerprint(self) -> str:
         """SHA-256 of documents, labels and weights, in hexadecimal."""
         targets = [t for t in tf.nest.flatten(self._targets) if t is not None]
-        return forms.fingerprint([self._values, self._offsets, self._weights, *targets])
+        if self._next_step:
+            targets = [np.ones(1, bool)]  # not the documents once more
+        offsets = np.append(self._begins, self._begins[-1:] + self._lengths[-1:])
+        return forms.fingerprint([self._values, offsets, self._weights, *targets])
 
     @property
     def plan(self) -> Plan:
@@ -312,11 +396,12 @@ class DocumentWindows:
             `weights` is float32 `[rows]`.
         """
         documents = np.asarray(documents)
-        begin, end = self._offsets[documents, None], self._offsets[documents + 1, None]
+        begin = self._begins[documents, None]
+        end = begin + self._lengths[documents, None]
         position = end + np.arange(-(end - begin).max(), 0)
         real = position >= begin
         steps = _padded(self._values, np.maximum(position, begin), np.ones_like(real))
-        labelled = end[:, 0] - 1 - self._offsets[0] if self.per_step else documents
+        labelled = end[:, 0] - 1 - self._target_origin if self.per_step else documents
         y = tf.nest.map_structure(
             lambda t: None if t is None else forms.narrow(np.asarray(t[labelled])), self._targets
         )
@@ -342,7 +427,7 @@ class DocumentWindows:
     def _batch(self, plan: Plan, step: int) -> tuple:
         document, length = plan.document[step], plan.length[step]
         busy = document != IDLE
-        first = self._offsets[document] + plan.begin[step]
+        first = self._begins[document] + plan.begin[step]
         # An idle lane repeats a step that is not padding: cuDNN refuses fully masked rows.
         begin = np.where(busy, first + plan.offset[step], self._filler)
         real = np.arange(self.window) < np.maximum(length, 1)[:, None]  # [lanes, window]
@@ -360,11 +445,23 @@ class DocumentWindows:
         weight = np.where(busy, self._weights[document], 0).astype("float32")
         if self.per_step:
             weight = weight[:, None] * real
-            position = position - self._offsets[0]
+            # An idle lane has no next step, if the step that it repeats is the last of all.
+            position = np.where(busy[:, None], position - self._target_origin, 0)
             y = tf.nest.map_structure(lambda t: _padded(t, position, real), self._targets)
         else:
             y = tf.nest.map_structure(lambda t: t[document], self._targets)
         return x, y, weight.astype("float32")
+
+
+def _check_streams(windows: DocumentWindows, weights: Any) -> None:
+    if not windows.per_step or windows._targets is None or weights is not None:
+        raise ValueError(
+            "`streams=True` runs documents together, so nothing may belong to a whole document: "
+            "give a target per step (per_step=True, or DocumentWindows.next_step), and no "
+            f"`weights`. Received: per_step={windows.per_step}, "
+            f"labels={'None' if windows._targets is None else 'given'}, "
+            f"weights={'None' if weights is None else 'given'}"
+        )
 
 
 def _check_evaluation(windows: DocumentWindows, flags: bool, window_loss: str) -> None:
