@@ -365,10 +365,10 @@ class TBPTTModel(PredictsDocuments):
 
 
 def _warn_of_idle_lanes(windows: DocumentWindows) -> None:
-    if 8 * windows.num_documents < windows.lanes:
+    if windows.per_step and 8 * windows.num_documents < windows.lanes:
         warnings.warn(
             "Most lanes have nothing to do, because a lane runs one document at a time: use fewer "
-            "lanes or, with a target per step, cut long sequences into a stream for each lane with "
+            "lanes, or cut long sequences into a stream for each lane with "
             f"streams=True. Received: {windows!r}",
             stacklevel=3,
         )

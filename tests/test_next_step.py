@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from toys import VOCAB, random_documents, token_layers, token_model
 
-import keras_tbptt
 from keras_tbptt import DocumentWindows
 
 
@@ -121,8 +120,9 @@ def test_what_cannot_be_right_is_refused():
 
 
 def test_fit_names_lanes_that_are_mostly_idle():
-    model = token_model(lanes=16)
+    recurrent = lambda: keras.layers.LSTM(5, stateful=True, return_sequences=True)  # noqa: E731
+    model = token_model(lanes=16, layers=token_layers(recurrent))
     model.compile("sgd", "binary_crossentropy")
-    windows = keras_tbptt.DocumentWindows([[1, 2, 3]], [1], window=5, lanes=16)
-    with pytest.warns(UserWarning, match="streams=True.*Received"):
+    windows = DocumentWindows([[1, 2, 3]], [[1, 0, 1]], window=5, lanes=16, per_step=True)
+    with pytest.warns(UserWarning, match=r"streams=True.*Received"):
         model.fit(windows, verbose=0)

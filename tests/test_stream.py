@@ -117,7 +117,7 @@ def test_features_and_outputs_per_step_and_several_outputs():
     documents = random_documents(count=6, features=3)
     batch = tf.ragged.constant([d.tolist() for d in documents], ragged_rank=1)
     lengths = tf.cast(batch.row_lengths(), "int32")
-    expected = model.predict_documents(documents)
+    expected = model.predict_documents(documents, last_step=True)
     state, start = serve["initial_state"](6)["state"], tf.zeros(6, "bool")
     streamed = serve["stream"](batch.to_tensor(), lengths, state, start)
     for answer in (serve["serving_default"](batch.to_tensor(), lengths), streamed):
