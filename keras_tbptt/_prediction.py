@@ -13,7 +13,7 @@ from keras_tbptt import _batches
 from keras_tbptt._order import WindowOrder
 from keras_tbptt._saving import SavesStates
 from keras_tbptt._steps import begin_lanes, run_window
-from keras_tbptt._tensors import has_time_axis
+from keras_tbptt._tensors import has_time_axis, without_padding
 from keras_tbptt.data._packing import Plan
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.state import preserve_states, state_variables
@@ -59,8 +59,8 @@ class PredictsDocuments(SavesStates):
             **kwargs: As in `keras.Model.predict`.
 
         Returns:
-            The model's outputs as they are, padding and idle lanes included: arrays
-            `[windows * lanes, ...]`, or `[windows * lanes, window, ...]` with a time axis.
+            Arrays `[windows * lanes, ...]`, or with a time axis `[windows * lanes, window, ...]`,
+            zero at padding and in idle lanes.
 
         Raises:
             ValueError: If the windows do not fit the model.
@@ -123,8 +123,7 @@ class PredictsDocuments(SavesStates):
             steps, offsets = _real_steps(rows, plan)
             return steps[offsets[1:] - 1] if last_step else np.split(steps, offsets[1:-1])
 
-        pairs = zip(keras.tree.flatten(rows), keras.tree.flatten(self.outputs), strict=True)
-        return keras.tree.pack_sequence_as(rows, [in_order(*pair) for pair in pairs])
+        return keras.tree.map_structure(in_order, rows, self.output)
 
     def predict_step(self, data: Any) -> Any:
         """Predicts one window of every lane.
@@ -133,10 +132,12 @@ class PredictsDocuments(SavesStates):
             data: A batch of `DocumentWindows.dataset(flags=True)`.
 
         Returns:
-            The model's outputs, `[lanes, ...]` or with a time axis `[lanes, window, ...]`.
+            The model's outputs, `[lanes, ...]` or with a time axis `[lanes, window, ...]`, zero
+            at padding.
         """
         x = begin_lanes(self, data[0] if isinstance(data, tuple) else data)
-        return run_window(self, x, training=False)
+        outputs = run_window(self, x, training=False)
+        return without_padding(outputs, self.outputs, x["lengths"], self.window)
 
 
 def _real_steps(rows: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:

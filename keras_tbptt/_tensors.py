@@ -61,3 +61,26 @@ def last_real_steps(outputs: Any, symbolic: Any, lengths: tf.Tensor, window: int
         for tensor, output in pairs
     ]
     return keras.tree.pack_sequence_as(outputs, flat)
+
+
+def without_padding(outputs: Any, symbolic: Any, lengths: tf.Tensor, window: int) -> Any:
+    """Outputs with a time axis, zero at padding; others as they are.
+
+    Args:
+        outputs: Tensors `[rows, ...]` or `[rows, window, ...]`.
+        symbolic: The symbolic outputs of the model, in the same order.
+        lengths: int `[rows]`. Real steps.
+        window: int. Steps in a window of the model.
+
+    Returns:
+        The structure of `outputs`.
+    """
+    real = tf.sequence_mask(lengths, window)
+    pairs = zip(keras.tree.flatten(outputs), keras.tree.flatten(symbolic), strict=True)
+    flat = [
+        tf.where(of_rank(real, len(output.shape)), tensor, tf.zeros_like(tensor))
+        if has_time_axis(output, window)
+        else tensor
+        for tensor, output in pairs
+    ]
+    return keras.tree.pack_sequence_as(outputs, flat)

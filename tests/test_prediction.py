@@ -54,8 +54,10 @@ def test_every_step_of_windows_of_random_length_and_order():
         np.testing.assert_allclose(tags, expected, atol=1e-6)
 
 
-def test_predictions_of_windows_are_the_outputs_as_they_are():
+def test_predictions_of_windows_are_zero_at_padding():
     recurrent = lambda: L.LSTM(5, stateful=True, return_sequences=True)  # noqa: E731
     model = token_model(layers=token_layers(recurrent))
     windows = keras_tbptt.DocumentWindows(random_documents(), window=5, lanes=4)
-    assert model.predict(windows, verbose=0).shape == (len(windows) * 4, 5, 1)
+    rows = model.predict(windows, verbose=0).reshape(len(windows), 4, 5)
+    real = np.arange(5) < windows.plan.length[..., None]
+    np.testing.assert_array_equal(rows != 0, real)
