@@ -71,6 +71,12 @@ def test_nothing_counted_is_no_figure():
         assert np.isnan(metric.result())
 
 
+def test_a_model_that_has_diverged_is_nan_and_no_model_of_logits():
+    metric = Perplexity()
+    metric.update_state([1], [[np.nan, np.nan]])
+    assert np.isnan(metric.result())
+
+
 def test_logits_without_saying_so_are_refused():
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"from_logits=True.*Received"):
         Perplexity().update_state([1], [[0.75, 3.0]])

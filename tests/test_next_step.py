@@ -43,6 +43,14 @@ def test_streams_predict_every_step_but_the_first_once(steps, lanes):
     assert len(lengths) == min(lanes, steps - 1)
 
 
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_the_only_id_that_is_not_0_may_be_the_last(lanes):
+    # Padding and idle lanes repeat it, and it has no next step.
+    sequence = np.array([0, 0, 0, 3])
+    found = pairs(DocumentWindows.next_step(sequence, window=5, lanes=lanes)).values()
+    np.testing.assert_array_equal(np.concatenate([y for _, y in found]), sequence[1:])
+
+
 def test_streams_are_documents_cut_by_hand():
     sequence = np.random.default_rng(0).normal(size=(90, 3)).astype("float32")
     arguments = dict(window=5, lanes=4)

@@ -68,8 +68,9 @@ class DocumentWindows:
         per_step: bool. Whether `labels` holds a target per step. Defaults to False.
         streams: bool. Whether all documents are run together, as one long sequence, and cut into
             `lanes` contiguous streams of equal length, up to one step. Each stream is then a
-            document. Every lane is busy, however few documents there are, and no step is dropped.
-            This needs a target per step. Defaults to False.
+            document. Within a stream the state is carried from one document to the next. Every
+            lane is busy, however few documents there are, and no step is dropped. This needs a
+            target per step. Defaults to False.
         mean_window: Optional int >= 2. Windows then have random lengths around it, drawn anew in
             every epoch from `(seed, epoch)`. `window`, at least 1.25 times as long, is the longest
             length. Most windows are about `mean_window` long; one in twenty is about half as long
@@ -187,9 +188,10 @@ class DocumentWindows:
             streams: Optional bool. Whether the sequences are run together, in order, and cut into
                 `lanes` contiguous streams, as in the recipes for Penn Treebank (Zaremba et al.
                 2014, "Recurrent neural network regularization", section 4.1). Streams have equal
-                lengths, up to one step. The last target of a stream is the first input of the next,
-                so each step but the first of all is predicted exactly once. Defaults to None: True
-                for one array `[T]`, else False.
+                lengths, up to one step, and carry the state from one sequence to the next. The last
+                target of a stream is the first input of the next stream, so each step but the first
+                of all is predicted exactly once. Defaults to None: True for one array `[T]`, else
+                False.
             offsets: As in `DocumentWindows`.
             **kwargs: Further arguments of `DocumentWindows`, except `labels` and `per_step`.
 
@@ -445,8 +447,9 @@ class DocumentWindows:
         weight = np.where(busy, self._weights[document], 0).astype("float32")
         if self.per_step:
             weight = weight[:, None] * real
-            # An idle lane has no next step, if the step that it repeats is the last of all.
-            position = np.where(busy[:, None], position - self._target_origin, 0)
+            # Padding and idle lanes repeat a step that may be the last of all: it has no next one.
+            known = real & busy[:, None]
+            position = np.where(known, position - self._target_origin, 0)
             y = tf.nest.map_structure(lambda t: _padded(t, position, real), self._targets)
         else:
             y = tf.nest.map_structure(lambda t: t[document], self._targets)
