@@ -57,6 +57,26 @@ def set_mask(tensor: tf.Tensor, mask: tf.Tensor) -> None:
     tensor._keras_mask = mask
 
 
+def without_mask(tensor: tf.Tensor, shape: Any = None) -> tf.Tensor:
+    """A copy of an output without its mask, by which Keras would weight a loss.
+
+    The copy keeps the logits that Keras attaches to the outputs of a sigmoid or softmax. Keras's
+    losses use them, because probabilities are clipped: a saturated output would learn nothing.
+
+    Args:
+        tensor: An output of a model.
+        shape: Its static shape. Defaults to None: as it is.
+    """
+    logits = getattr(tensor, "_keras_logits", None)
+    copy, logits = (
+        each if each is None or shape is None else tf.ensure_shape(each, shape)
+        for each in (tf.identity(tensor), logits)
+    )
+    if logits is not None:
+        copy._keras_logits = logits
+    return copy
+
+
 def output_losses(model: keras.Model) -> list[keras.metrics.Mean]:
     """What reports the loss of each output of a model of several; empty for one output.
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_tbptt import _batches
+from keras_tbptt import _batches, _keras
 from keras_tbptt._reach import WindowHistory, backpropagate
 from keras_tbptt._reporting import output_losses, penalty
 from keras_tbptt.layers import ConcatPooling
@@ -95,8 +95,8 @@ def run_window(model: keras.Model, x: Mapping[str, tf.Tensor], training: bool) -
         The model's outputs.
     """
     y_pred = call_masked(model, x["inputs"], training, _real_steps(model, x))
-    # Without their masks, by which Keras would weight the loss a second time.
-    return keras.tree.map_structure(tf.identity, y_pred)
+    # Keras would weight the loss by the masks a second time.
+    return keras.tree.map_structure(_keras.without_mask, y_pred)
 
 
 class ForwardOnly:
@@ -306,4 +306,4 @@ def _build(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable
 
 def _of_shape(tensor: tf.Tensor, symbolic: keras.KerasTensor) -> tf.Tensor:
     """Without its mask, and of the shape that the model's own batch gives it."""
-    return tf.ensure_shape(tf.identity(tensor), symbolic.shape)
+    return _keras.without_mask(tensor, symbolic.shape)

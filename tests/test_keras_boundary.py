@@ -90,6 +90,15 @@ def test_a_mask_reaches_the_next_layer():
     assert seen[0] is mask
 
 
+def test_an_output_without_its_mask_keeps_the_logits_that_losses_use():
+    output = keras.activations.softmax(tf.constant([[0.0, 200.0]]))
+    _keras.set_mask(output, tf.constant([[True]]))
+    copy = _keras.without_mask(output, (1, 2))
+    assert not hasattr(copy, "_keras_mask")
+    loss = keras.losses.sparse_categorical_crossentropy(tf.constant([0]), copy)
+    assert float(loss[0]) == pytest.approx(200)  # of probabilities, which are clipped: 16
+
+
 def test_the_loss_of_each_output_has_a_metric():
     model = nested_model()
     model.compile("sgd", {"a": "mse", "b": "mae"})

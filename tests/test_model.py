@@ -385,6 +385,18 @@ def test_several_outputs_learn_each_from_its_own_labels():
     assert logs["val_loss"][-1] == pytest.approx(bce + mse, rel=1e-5)
 
 
+@pytest.mark.parametrize("backprop_windows", [1, "all"])
+def test_a_saturated_output_learns_from_its_logits_as_in_keras(backprop_windows):
+    head = keras.layers.Dense(1, "sigmoid", bias_initializer=keras.initializers.Constant(-50))
+    layers = token_layers(outputs=head)
+    model = compiled(token_model(layers=layers, backprop_windows=backprop_windows))
+    windows = windows_for(model, [[1, 2, 3]] * 4, [1] * 4, packing="aligned")
+    (bias,) = head.bias.numpy()
+    loss = model.fit(windows, verbose=0).history["loss"][0]
+    assert loss == pytest.approx(50, abs=1)  # of probabilities, which are clipped: 16
+    assert head.bias.numpy()[0] == pytest.approx(bias + 0.01, abs=1e-5)
+
+
 def test_targets_per_step_give_the_gradients_of_plain_keras():
     recurrent = lambda **kw: L.LSTM(5, return_sequences=True, **kw)  # noqa: E731
     head = lambda: L.Dense(1)  # noqa: E731
