@@ -116,7 +116,7 @@ def _load_imdb_reviews(data_dir: str | None) -> tuple[Split, Split]:
         raise DataUnavailableError(
             "The data set imdb_reviews can be had neither from disk nor from the network: prepare "
             f"it with tensorflow-datasets in {where}, name a directory that has it with "
-            f"--data_dir, or run with --data generated. Received: {_first_line(error)}"
+            f"--data_dir, or run with --data generated. Received: {first_line(error)}"
         ) from error
     return _to_split(train), _to_split(test)
 
@@ -126,5 +126,10 @@ def _to_split(dataset: Any) -> Split:
     return Split(np.concatenate(texts), np.concatenate(labels).astype("int32"))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error in one line.
+
+    Args:
+        error: The error.
+    """
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"

@@ -215,9 +215,9 @@ class Epochs(keras.callbacks.Callback):
         log: The CSV file.
 
     Attributes:
-        records: A dict per epoch: `epoch` (from 1), `train_loss`, `train_accuracy`,
-            `valid_loss`, `valid_accuracy`, `train_seconds` (spent in training steps and their
-            input, without validation), `tokens_per_second` (real steps a second).
+        records: A dict per epoch: `epoch` (from 1), `train_loss`, `valid_loss` and so on for each
+            metric, `train_seconds` (spent in training steps and their input, without validation),
+            `tokens_per_second` (real steps a second).
         seconds: Of the epoch that runs.
     """
 
@@ -239,13 +239,12 @@ class Epochs(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Adds the epoch's record."""
+        names = sorted((name for name in logs if f"val_{name}" in logs), key=lambda n: n != "loss")
         self.records.append(
             {
                 "epoch": epoch + 1,
-                "train_loss": logs["loss"],
-                "train_accuracy": logs["accuracy"],
-                "valid_loss": logs["val_loss"],
-                "valid_accuracy": logs["val_accuracy"],
+                **{f"train_{name}": logs[name] for name in names},
+                **{f"valid_{name}": logs[f"val_{name}"] for name in names},
                 "train_seconds": round(self.seconds, 2),
                 "tokens_per_second": round(self.steps_per_epoch / self.seconds),
             }
@@ -258,25 +257,30 @@ class Epochs(keras.callbacks.Callback):
 
 
 class BestWeights(keras.callbacks.Callback):
-    """Ends training with the weights of the epoch of highest `val_accuracy`; of equals, the last.
+    """Ends training with the weights of the epoch that validation prefers; of equals, the last.
 
     In memory and in the backup: the HDF5 file of `ModelCheckpoint` is overwritten in place, and a
     full disk ends the process there; `EarlyStopping` takes the first of equals.
 
+    Args:
+        monitor: str, what decides: `"val_accuracy"`, the higher the better, or `"val_loss"`.
+
     Attributes:
-        best: That accuracy.
-        weights: Those weights.
+        best: Its best value.
+        weights: The weights of that epoch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, monitor: str = "val_accuracy"):
         super().__init__()
-        self.best = -1.0
+        self.monitor = monitor
+        self.best = float("inf") if monitor == "val_loss" else -1.0
         self.weights: list[np.ndarray] = []
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Keeps the weights, if they are better or as good."""
-        if logs["val_accuracy"] >= self.best:
-            self.best, self.weights = logs["val_accuracy"], self.model.get_weights()
+        value = logs[self.monitor]
+        if value <= self.best if self.monitor == "val_loss" else value >= self.best:
+            self.best, self.weights = value, self.model.get_weights()
 
     def on_train_end(self, logs: Any = None) -> None:
         """Gives them back."""
@@ -285,7 +289,10 @@ class BestWeights(keras.callbacks.Callback):
 
 
 def keras_callbacks(
-    directory: RunDirectory, windows: keras_tbptt.DocumentWindows, epochs: Epochs
+    directory: RunDirectory,
+    windows: keras_tbptt.DocumentWindows,
+    epochs: Epochs,
+    monitor: str = "val_accuracy",
 ) -> list[keras.callbacks.Callback]:
     """The callbacks of a run: records, the best weights, TensorBoard if installed, a backup.
 
@@ -293,12 +300,13 @@ def keras_callbacks(
         directory: The run's folder.
         windows: What is trained on.
         epochs: The run's records.
+        monitor: What `BestWeights` monitors.
 
     Returns:
-        The callbacks. Training ends with the weights of the epoch that had the highest
-        `val_accuracy`, and `--resume` resumes from `backup/`.
+        The callbacks. Training ends with the weights of the best epoch, and `--resume` resumes from
+        `backup/`.
     """
-    callbacks = [epochs, BestWeights()]
+    callbacks = [epochs, BestWeights(monitor)]
     if importlib.util.find_spec("tensorboard"):
         callbacks.append(keras.callbacks.TensorBoard(str(directory / "tensorboard")))
     backup = keras_tbptt.ExactBackup(

@@ -1,8 +1,8 @@
-"""Raw strings as ids, by one TextVectorization for training and serving."""
+"""Raw strings as ids and back, by one TextVectorization for training and serving."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -39,26 +39,53 @@ def standardize(texts: tf.Tensor) -> tf.Tensor:
 
 
 def make_vectorizer(
-    texts: Sequence[str | bytes] | np.ndarray, vocab_size: int
+    texts: Sequence[str | bytes] | np.ndarray,
+    vocab_size: int | None = None,
+    standardize: Callable | str | None = standardize,
+    split: str = "whitespace",
 ) -> keras.layers.TextVectorization:
     """Learns the vocabulary of texts.
 
     Args:
         texts: str or bytes `[documents]`. The training texts alone.
-        vocab_size: int. The number of ids, with 0 for padding and 1 for unknown words.
+        vocab_size: int. The number of ids, with 0 for padding and 1 for unknown words. Defaults to
+            None: every word has an id.
+        standardize: As in `keras.layers.TextVectorization`. Defaults to
+            `keras_tbptt.text.standardize`. None keeps the text as it is, for models that generate.
+        split: As in `keras.layers.TextVectorization`: `"whitespace"` makes a step of each word,
+            `"character"` of each character, line breaks included. Defaults to `"whitespace"`.
 
     Returns:
         A `TextVectorization` that turns strings `[batch]` into a `tf.RaggedTensor` of int64 ids
-        `[batch, (words)]`, each row at least one id long.
+        `[batch, (words)]`. With the default `standardize`, each row is at least one id long. The
+        ids are sorted by falling frequency.
 
     Raises:
         ValueError: If there are no texts, or one is neither str nor bytes.
+
+    Example:
+
+    ```python
+    vectorizer = keras_tbptt.text.make_vectorizer(["to be"], standardize=None, split="character")
+    keras_tbptt.text.encode(vectorizer, ["bet"]).to_list()  # [[3, 2, 6]]
+    ```
     """
-    vectorizer = keras.layers.TextVectorization(
-        max_tokens=vocab_size, standardize=standardize, ragged=True, name="vectorizer"
-    )
-    vectorizer.adapt(tf.data.Dataset.from_tensor_slices(_as_bytes(texts)).batch(_BATCH))
-    return vectorizer
+
+    def make(vocabulary: Sequence[str] | None) -> keras.layers.TextVectorization:
+        return keras.layers.TextVectorization(
+            max_tokens=vocab_size,
+            standardize=standardize,
+            split=split,
+            ragged=True,
+            vocabulary=vocabulary,
+            name="vectorizer",
+        )
+
+    adapted = make(None)
+    adapted.adapt(tf.data.Dataset.from_tensor_slices(_as_bytes(texts)).batch(_BATCH))
+    # A vocabulary that was learnt is saved as lines, where a line break would be lost. A vocabulary
+    # that was given is saved in the configuration.
+    return make([str(word) for word in adapted.get_vocabulary(include_special_tokens=False)])
 
 
 def encode(
@@ -79,6 +106,37 @@ def encode(
     batches = tf.data.Dataset.from_tensor_slices(_as_bytes(texts)).batch(_BATCH)
     rows = [tf.cast(vectorizer(batch), "int32") for batch in batches]
     return tf.concat(rows, axis=0)
+
+
+def decode(vectorizer: keras.layers.TextVectorization, ids: Any) -> str:
+    """Turns ids back into text.
+
+    Args:
+        vectorizer: From `make_vectorizer`.
+        ids: ints `[steps]`. Id 0, padding, is skipped.
+
+    Returns:
+        The words with a space between them, or for `split="character"` the characters. What
+        `standardize` has removed is not there, and an unknown word is `"[UNK]"`.
+
+    Raises:
+        ValueError: If there is no word for an id.
+
+    Example:
+
+    ```python
+    keras_tbptt.text.decode(vectorizer, [3, 2])  # "good film"
+    ```
+    """
+    vocabulary = vectorizer.get_vocabulary()
+    ids = np.asarray(ids, "int64").reshape(-1)
+    if ids.size and not 0 <= ids.min() <= ids.max() < len(vocabulary):
+        raise ValueError(
+            f"Every id must be in the vocabulary, which has {len(vocabulary)}. "
+            f"Received: ids from {ids.min()} to {ids.max()}"
+        )
+    separator = "" if vectorizer.get_config()["split"] == "character" else " "
+    return separator.join(vocabulary[i] for i in ids if i)
 
 
 def _as_bytes(texts: Any) -> np.ndarray:

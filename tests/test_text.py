@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import ANY_TEXT, STRANGE_TEXTS
 
-from keras_tbptt.text import encode, make_vectorizer, standardize
+from keras_tbptt.text import decode, encode, make_vectorizer, standardize
 
 
 @pytest.mark.parametrize(
@@ -103,3 +103,22 @@ def test_one_long_text_does_not_make_all_of_them_long(strange):
 def test_what_is_no_text_is_refused(strange, read, texts, message):
     with pytest.raises(ValueError, match=message):
         read(strange, texts)
+
+
+def test_characters_keep_case_and_line_breaks_through_every_file(tmp_path):
+    text = "To be,\nor\tnot\r\nto \u2028 be"
+    vectorizer = make_vectorizer([text], standardize=None, split="character")
+    ids = encode(vectorizer, [text])
+    assert decode(vectorizer, ids[0]) == text
+    keras.Sequential([keras.Input((), dtype="string"), vectorizer]).save(tmp_path / "v.keras")
+    loaded = keras.models.load_model(tmp_path / "v.keras").layers[-1]
+    assert loaded.get_vocabulary() == vectorizer.get_vocabulary()
+    assert encode(loaded, [text]).to_list() == ids.to_list()
+
+
+def test_words_are_decoded_with_spaces():
+    vectorizer = make_vectorizer(["The The The cat cat <eos>"], 4, standardize=None)
+    assert decode(vectorizer, encode(vectorizer, ["The cat  the"])[0]) == "The cat [UNK]"
+    assert decode(vectorizer, [2, 0, 0]) == "The"
+    with pytest.raises(ValueError, match=r"has 4\. Received: ids from 2 to 4"):
+        decode(vectorizer, [2, 4])
