@@ -10,14 +10,20 @@ validation loss, and runs over the test text once as it is, and once with dynami
 
 from __future__ import annotations
 
+import math
+import pathlib
 from typing import Any
 
 import keras
+import numpy as np
 from absl import flags
 
 import keras_tbptt
 from experiments import runner, running_text
 from experiments.data import DataUnavailableError
+from keras_tbptt import text
+
+STATISTICS_WINDOWS = 500
 
 # Zaremba et al. 2014, "Recurrent neural network regularization", section 4.1, without dropout, in
 # the version of TensorFlow's models: tutorials/rnn/ptb/ptb_word_lm.py. That loss is a sum over the
@@ -82,6 +88,11 @@ flags.DEFINE_enum(
     "How the rate falls: to 0 by a cosine, or by half in each epoch after --constant_epochs.",
 )  # fmt: skip
 flags.DEFINE_integer("constant_epochs", 4, "Epochs before the rate begins to halve.", 0)
+flags.DEFINE_float(
+    "dynamic_rate", 3e-5, "The learning rate of dynamic evaluation; 0 for none.", 0
+)  # fmt: skip
+flags.DEFINE_float("dynamic_decay", 1e-3, "How fast its weights return to the trained ones.", 0, 1)
+flags.DEFINE_float("temperature", 0.8, "How bold the samples are.", 1e-3)
 flags.DEFINE_integer(
     "steps_per_execution", 16, "Windows that TensorFlow runs between two looks at the bar.", 1
 )  # fmt: skip
@@ -171,6 +182,10 @@ def main() -> None:
     directory = runner.RunDirectory(
         "language_model", f"{FLAGS.unit}-{FLAGS.cell}{FLAGS.units}", free=["backup_seconds"]
     )
+    if directory.results:
+        print("This run is complete.")
+        print_closing_table(directory.results, directory)
+        return
     vectorizer, ids = running_text.encode(corpus, FLAGS.unit, FLAGS.vocab_size, FLAGS.lower)
     shape = {"window": FLAGS.window, "lanes": FLAGS.lanes}
     train = keras_tbptt.DocumentWindows.next_step(ids["train"], **shape, seed=FLAGS.seed)
@@ -190,6 +205,192 @@ def main() -> None:
         callbacks=runner.keras_callbacks(directory, train, epochs, "val_loss"),
     )
     model.save_weights(directory / "best.weights.h5")
+
+    results = {
+        "dataset": corpus.name,
+        "unit": FLAGS.unit,
+        "vocabulary": vectorizer.vocabulary_size(),
+        "tokens": {name: len(part) for name, part in ids.items()},
+        "window": FLAGS.window,
+        "lanes": FLAGS.lanes,
+        "backprop_windows": model.backprop_windows,
+        "seed": FLAGS.seed,
+        "epochs": epochs.records,
+        "best_epoch": min((e["valid_loss"], -e["epoch"]) for e in epochs.records)[1] * -1,
+        **run_test(model, ids),
+        "samples": write_samples(model, ids["test"], vectorizer),
+    }
+    draw_learning_curve(results, directory / "learning_curve.png")
+    steps, bits = surprise(model, ids["test"])
+    words = [vectorizer.get_vocabulary()[i] for i in steps]
+    draw_surprise(words, bits, directory / "surprise.png")
+    directory.write_results(results)
+    print_closing_table(results, directory)
+
+
+def run_test(model: keras_tbptt.TBPTTModel, ids: dict[str, np.ndarray]) -> dict[str, float]:
+    """Runs over the test text on one lane, in order, without and with dynamic evaluation.
+
+    Args:
+        model: The trained model.
+        ids: The ids of each part.
+
+    Returns:
+        `test_loss`, and it as a perplexity or as bits per character; with `_dynamic` the same of
+        dynamic evaluation.
+    """
+    one = model.resized(lanes=1)
+    one.compile(loss=model.loss, steps_per_execution=FLAGS.steps_per_execution)
+    shape = {"window": one.window, "lanes": 1}
+    test = keras_tbptt.DocumentWindows.next_step(ids["test"], **shape)
+    losses = {"": one.evaluate(test, verbose=0)}
+    if FLAGS.dynamic_rate:
+        beginning = ids["train"][: STATISTICS_WINDOWS * one.window + 1]
+        losses["_dynamic"] = keras_tbptt.evaluate_dynamically(
+            one,
+            test,
+            learning_rate=FLAGS.dynamic_rate,
+            decay=FLAGS.dynamic_decay,
+            statistics=keras_tbptt.DocumentWindows.next_step(beginning, **shape),
+        )["loss"]
+    results = {}
+    for suffix, loss in losses.items():
+        results[f"test_loss{suffix}"] = loss
+        if FLAGS.unit == "word":
+            results[f"test_perplexity{suffix}"] = math.exp(loss)
+        else:
+            results[f"test_bits_per_character{suffix}"] = loss / math.log(2)
+    return results
+
+
+def write_samples(
+    model: keras_tbptt.TBPTTModel,
+    ids: np.ndarray,
+    vectorizer: keras.layers.TextVectorization,
+) -> list[dict[str, str]]:
+    """Lets the model continue three passages.
+
+    Args:
+        model: The trained model.
+        ids: The test text.
+        vectorizer: Its vocabulary.
+
+    Returns:
+        Dicts of `prompt` and `continuation`.
+    """
+    prompt, steps = (10, 40) if FLAGS.unit == "word" else (50, 200)
+    begins = np.linspace(0, len(ids) - prompt, 3).astype(int)
+    prompts = [text.decode(vectorizer, ids[begin : begin + prompt]) for begin in begins]
+    continued = keras_tbptt.generate(
+        model,
+        prompts,
+        steps,
+        temperature=FLAGS.temperature,
+        seed=FLAGS.seed,
+        vectorizer=vectorizer,
+    )
+    return [
+        {"prompt": before, "continuation": after}
+        for before, after in zip(prompts, continued, strict=True)
+    ]
+
+
+def surprise(model: keras_tbptt.TBPTTModel, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How unlikely each step of a passage is to the model, after a thousand steps before it.
+
+    Args:
+        model: The trained model.
+        ids: The test text.
+
+    Returns:
+        `(ids, bits)`: the steps of the passage, and -log2 of their probabilities.
+    """
+    length = 30 if FLAGS.unit == "word" else 80
+    ids = ids[: 1_000 + length]
+    (logits,) = model.predict_documents([ids[:-1]])
+    logits = logits[-length:]
+    targets = ids[-len(logits) :]
+    chances = keras.ops.convert_to_numpy(keras.ops.log_softmax(logits))
+    return targets, -chances[np.arange(len(targets)), targets] / math.log(2)
+
+
+def draw_learning_curve(results: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws the loss by epoch, and the test loss of the epoch that was kept.
+
+    Args:
+        results: As in `results.json`.
+        path: The PNG file.
+    """
+    records, best = results["epochs"], results["best_epoch"]
+    epochs = [record["epoch"] for record in records]
+    with runner.figure(path) as axes:
+        for part, label in (("train", "training text"), ("valid", "validation text")):
+            axes.plot(epochs, [r[f"{part}_loss"] for r in records], marker="o", label=label)
+        for suffix, marker, label in (("", "k*", "test text"), ("_dynamic", "r*", "dynamic")):
+            if loss := results.get(f"test_loss{suffix}"):
+                axes.plot([best], [loss], marker, markersize=12, label=f"{label}: {loss:.4f}")
+        axes.set(xlabel="epoch", ylabel="loss (nats per step)", xticks=epochs)
+        axes.set_title(
+            f"{results['dataset']}, window {results['window']}, {results['lanes']} lanes",
+            fontsize="medium",
+        )
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+
+
+def draw_surprise(words: list[str], bits: np.ndarray, path: pathlib.Path) -> None:
+    """Draws how unlikely each step of a passage is to the model.
+
+    Args:
+        words: The steps.
+        bits: -log2 of the probability of each.
+        path: The PNG file.
+    """
+    places = np.arange(len(words))
+    with runner.figure(path, columns=2, shared=True) as axes:
+        axes.bar(places, bits, color="tab:blue")
+        axes.axhline(bits.mean(), color="black", linewidth=1, label=f"mean: {bits.mean():.2f} bits")
+        labels = [word.replace("\n", "\u21b5").replace("$", r"\$") for word in words]
+        upright = FLAGS.unit == "char"
+        axes.set_xticks(places, labels, rotation=0 if upright else 90, fontsize="small")
+        axes.set(
+            ylabel="surprise (bits)", title="A passage of the test text", xlim=(-1, len(words))
+        )
+        axes.legend(fontsize="small")
+
+
+def print_closing_table(results: dict[str, Any], directory: runner.RunDirectory) -> None:
+    """Prints what the run found, the samples, and where everything is.
+
+    Args:
+        results: As in `results.json`.
+        directory: The run's folder.
+    """
+    word = results["unit"] == "word"
+    name = "perplexity" if word else "bits per character"
+    key = f"test_{name.replace(' ', '_')}"
+    rows: dict[str, Any] = {
+        "data set": results["dataset"],
+        "steps": "{train:,} training, {valid:,} validation, {test:,} test".format(
+            **results["tokens"]
+        ),
+        "vocabulary": results["vocabulary"],
+        "window, lanes": f"{results['window']}, {results['lanes']}",
+    }
+    for record in results["epochs"]:
+        loss = record["valid_loss"]
+        value = math.exp(loss) if word else loss / math.log(2)
+        rows[f"epoch {record['epoch']}"] = (
+            f"validation loss {loss:.4f} ({value:.2f} {name}), "
+            f"{record['train_seconds']:.0f} s, {record['tokens_per_second']:,} steps/s"
+        )
+    rows[f"test {name}"] = f"{results[key]:.2f} (epoch {results['best_epoch']})"
+    if f"{key}_dynamic" in results:
+        rows["with dynamic evaluation"] = f"{results[f'{key}_dynamic']:.2f}"
+    rows["run directory"] = directory.path
+    runner.print_table("experiments.language_model", rows)
+    for sample in results["samples"]:
+        print(f"\n{sample['prompt']} >>> {sample['continuation']}")
 
 
 if __name__ == "__main__":

@@ -394,14 +394,16 @@ def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
 
 
 @contextlib.contextmanager
-def figure(path: pathlib.Path, columns: int = 1) -> Iterator[Any]:
+def figure(path: pathlib.Path, columns: int = 1, shared: bool = False) -> Iterator[Any]:
     """Yields the axes of a figure that is saved on leaving.
 
     Args:
         path: The PNG file.
         columns: Axes side by side.
+        shared: bool. Whether the columns are one wide axes instead.
     """
-    shape, axes = pyplot.subplots(1, columns, figsize=(5 * columns, 3.6), layout="constrained")
+    size = (5 * columns, 3.6)
+    shape, axes = pyplot.subplots(1, 1 if shared else columns, figsize=size, layout="constrained")
     yield axes
     shape.savefig(path, dpi=120)
     pyplot.close(shape)

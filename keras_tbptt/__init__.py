@@ -13,6 +13,8 @@ from keras_tbptt import client, diagnostics, layers, losses, metrics, optimizers
 from keras_tbptt._version import __version__
 from keras_tbptt.callbacks import ExactBackup, ResetStates
 from keras_tbptt.data import DocumentWindows
+from keras_tbptt.dynamic_evaluation import evaluate_dynamically
+from keras_tbptt.generation import generate
 from keras_tbptt.model import TBPTTModel
 from keras_tbptt.serving import export_onnx, export_saved_model, write_models_config
 
@@ -24,8 +26,10 @@ __all__ = [
     "__version__",
     "client",
     "diagnostics",
+    "evaluate_dynamically",
     "export_onnx",
     "export_saved_model",
+    "generate",
     "layers",
     "losses",
     "metrics",

@@ -52,7 +52,7 @@ def as_dataset(
     """
     source = source_of(x)
     if source is not None:
-        _check_windows(source, model)
+        check_windows(source, model)
         if needs_labels and not source.has_labels:
             raise ValueError(
                 "Training and evaluation need labels: DocumentWindows(documents, labels, ...). "
@@ -261,8 +261,16 @@ def _check_targets(y: Any, sample_weight: Any, outputs: Any, window: int) -> Non
             )
 
 
-def _check_windows(windows: DocumentWindows, model: keras.Model) -> None:
-    """Refuses windows of another shape, and ids that the embeddings cannot look up."""
+def check_windows(windows: DocumentWindows, model: keras.Model) -> None:
+    """Refuses windows of another shape, and ids that the embeddings cannot look up.
+
+    Args:
+        windows: The windows.
+        model: A functional model with stateful layers.
+
+    Raises:
+        ValueError: If the model cannot run on them.
+    """
     expected = tuple(model.inputs[0].shape)
     received = (windows.lanes, windows.window, *windows.feature_shape)
     if expected != received:
@@ -284,7 +292,7 @@ def _check_windows(windows: DocumentWindows, model: keras.Model) -> None:
                 "documents contain it: let ids begin at 1, or leave mask_zero out (a "
                 f"TBPTTModel masks padding by itself). Received: id 0 in {windows!r}"
             )
-    off = off_time_layers(model, model.window)
+    off = off_time_layers(model, windows.window)
     if windows.has_padding and off:
         raise ValueError(
             "A layer would run over the padding of last windows, because its steps are not the "

@@ -125,6 +125,47 @@ class PredictsDocuments(SavesStates):
 
         return keras.tree.map_structure(in_order, rows, self.output)
 
+    def resized(self, lanes: int | None = None, window: int | None = None) -> PredictsDocuments:
+        """The same model for another number of lanes or steps, with copies of the weights.
+
+        A model is trained on many lanes. One long sequence, such as the test text of a language
+        model, runs on one lane.
+
+        Args:
+            lanes: Optional int >= 1. Rows of a batch. Defaults to None: as this model.
+            window: Optional int >= 1. Steps in a window. Defaults to None: as this model.
+
+        Returns:
+            A model of the same class, not compiled yet, in its initial state.
+
+        Raises:
+            ValueError: If a layer is made for this batch shape alone.
+
+        Example:
+
+        ```python
+        one = model.resized(lanes=1)
+        one.compile(loss=model.loss)
+        test = DocumentWindows.next_step(ids, window=one.window, lanes=1)
+        one.evaluate(test)
+        ```
+        """
+        given = self.inputs[0]
+        shape = (lanes or self.lanes, window or self.window, *given.shape[2:])
+        steps = keras.Input(batch_shape=shape, dtype=given.dtype, name=given.name)
+        try:
+            copy = keras.models.clone_model(self, input_tensors=steps)
+        except Exception as error:
+            raise ValueError(
+                "A layer of the model is made for one batch shape alone, such as a Reshape: build "
+                f"the model anew, and give it the weights. Received: batch shape {shape}, {error}"
+            ) from error
+        states = {id(variable) for variable in state_variables(self)}
+        for old, new in zip(self.weights, copy.weights, strict=True):
+            if id(old) not in states:
+                new.assign(old)
+        return copy
+
     def predict_step(self, data: Any) -> Any:
         """Predicts one window of every lane.
 

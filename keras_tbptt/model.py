@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -135,7 +135,7 @@ class TBPTTModel(PredictsDocuments):
                 "between the recurrent layers (return_sequences=True) and the head. "
                 f"Received: layers {[layer.name for layer in self.layers]}"
             )
-        self._evaluate = ForwardOnly(self)
+        self._evaluate: Callable = ForwardOnly(self)
         one = backprop_windows == 1
         self._learn = OneWindow(self) if one else SeveralWindows(self, self._cuts)
 
@@ -326,6 +326,19 @@ class TBPTTModel(PredictsDocuments):
         counted: WindowLoss = "per_window" if per_step else "final_only"
         share = window_weights(counted, x, self.window, per_step)
         return self._report(self._evaluate(x, y, weight * share, share), x, y, weight, share)
+
+    def evaluates_by(self, step: Callable) -> Callable:
+        """Sets what runs a window in `evaluate`, for other kinds of evaluation.
+
+        Args:
+            step: A function as `_steps.ForwardOnly`.
+
+        Returns:
+            What did so before.
+        """
+        before, self._evaluate = self._evaluate, step
+        self.test_function = None  # its graph holds the old one
+        return before
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> None:
         """The outputs carry no mask: a prediction stands for the window or the document.
