@@ -40,6 +40,18 @@ def test_sentiment_of_new_texts():
     assert float(negative.split()[0]) < 0.1
 
 
+def test_a_character_model_adapts_and_writes():
+    test, dynamic, *texts = run("character_model").splitlines()[-4:]
+    assert last_number(dynamic) < last_number(test) < 2.6
+    assert all(len(text) > 80 for text in texts)
+
+
+def test_every_word_gets_its_tag():
+    accuracy, *words = run("tagging").splitlines()[-7:]
+    assert last_number(accuracy) > 0.99
+    assert words[1:4] == ["watch    noun", "watch    verb", "a        determiner"]
+
+
 def test_a_text_in_pieces_is_served_like_the_whole_text():
     *pieces, whole = run("serve_and_stream").splitlines()
     assert len(pieces) == 4

@@ -102,26 +102,31 @@ class Generator:
             now = tf.random.experimental.stateless_fold_in(seed, step)
             drawn = _draw(logits + shut, temperature, top_k, top_p, now)
             running &= ~tf.reduce_any(drawn[:, None] == stop, axis=1)
-            written = written.write(step, tf.where(running, drawn, -1))
+            # Not a TensorArray: TensorFlow logs an error where it transposes integers on a CPU.
+            written = tf.concat([written, tf.where(running, drawn, -1)[:, None]], axis=1)
             outputs, states = self._one_step(drawn, states)
             return step + 1, self._logits(outputs), states, running, written
 
-        written = tf.TensorArray("int32", 0, dynamic_size=True, element_shape=[None])
         any_batch = [tf.TensorShape([None, *state.shape[1:]]) for state in states]
-        written = tf.while_loop(
+        texts = tf.while_loop(
             lambda step, _1, _2, running, _3: (step < steps) & tf.reduce_any(running),
             draw,
-            (0, self._logits(outputs), states, tf.fill([batch], True), written),
+            (
+                0,
+                self._logits(outputs),
+                states,
+                tf.fill([batch], True),
+                tf.zeros([batch, 0], "int32"),
+            ),
             shape_invariants=(
                 tf.TensorShape([]),
                 tf.TensorShape([None, self.classes]),
                 any_batch,
                 tf.TensorShape([None]),
-                tf.TensorShape(None),
+                tf.TensorShape([None, None]),
             ),
             parallel_iterations=1,
         )[-1]
-        texts = tf.transpose(written.stack())
         real = texts >= 0
         return tf.where(real, texts, 0), tf.reduce_sum(tf.cast(real, "int32"), axis=1)
 
