@@ -9,6 +9,8 @@ with the next seed; figures are medians, and ratios medians of the ratios within
 - `lstm`: forward and backward pass of the layer alone, at each of --points, and the share of
   the matrix-product peak, measured in the same turns, that its products reach.
 - `reviews`: an epoch over real reviews, real words a second, with each of --lanes.
+- `language_model`: words a second of training on running text, with a full softmax: two layers of
+  200 units, 10,000 words, 20 lanes, windows of 35 (the recipe of PyTorch's word_language_model).
 - `window_losses`: an epoch with the loss at the last window, against one at every window.
 - `memory`: peak memory of training on one document of a million words, and on short ones.
 - `accuracy`: seconds of the whole command, from raw strings to a test accuracy: the main job,
@@ -40,7 +42,7 @@ from experiments import data, runner
 from keras_tbptt import text
 
 ROOT = pathlib.Path(__file__).parent.parent
-PARTS = ("lstm", "reviews", "window_losses", "memory", "accuracy")
+PARTS = ("lstm", "reviews", "language_model", "window_losses", "memory", "accuracy")
 
 flags.DEFINE_list("parts", list(PARTS), "What to measure.")
 flags.register_validator(
@@ -105,6 +107,16 @@ def tasks(files: dict[str, str]) -> Iterator[Task]:
             sizes = {"lanes": int(lanes), "ids": files["ids"]}
             for way in (OURS, STOCK, *torch):
                 yield {**base, **sizes, "part": "reviews", "way": way, "point": f"{lanes} lanes"}
+    if "language_model" in FLAGS.parts:
+        sizes = {"units": 200, "layers": 2, "vocab_size": 10_000, "window": 35, "lanes": 20}
+        for way in (OURS, STOCK, *torch):
+            run = {
+                "part": "language_model",
+                "way": way,
+                "point": "2 x 200",
+                "words": files["words"],
+            }
+            yield {**base, **sizes, **run}
     if "window_losses" in FLAGS.parts:
         for loss in ("per_window", "final_only"):
             epoch = {"part": "window_losses", "way": OURS, "point": loss, "ids": files["all_ids"]}
@@ -187,8 +199,12 @@ def prepare(folder: pathlib.Path) -> dict[str, str]:
     Returns:
         The paths that `tasks` takes.
     """
+    # Speed does not depend on which words follow each other, but on how often they come.
+    ranks = np.random.default_rng(FLAGS.seed).zipf(1.2, 400_000)
+    np.save(folder / "words.npy", np.minimum(ranks, 9_999).astype("int32"))
+    words = {"words": str(folder / "words.npy")}
     if not {"reviews", "window_losses", "accuracy"} & set(FLAGS.parts):
-        return dict.fromkeys(("texts", "ids", "all_ids"), "")
+        return dict.fromkeys(("texts", "ids", "all_ids"), "") | words
     corpus = data.load("imdb_reviews", FLAGS.data_dir, None, 1e-9, FLAGS.seed)
     vectorizer = text.make_vectorizer(corpus.train.texts, FLAGS.vocab_size)
     documents = text.encode(vectorizer, corpus.train.texts)
@@ -209,7 +225,7 @@ def prepare(folder: pathlib.Path) -> dict[str, str]:
         for name, split in (("train", corpus.train), ("test", corpus.test))
     }
     files["texts"].write_text(json.dumps(splits), encoding="utf-8")
-    return {name: str(path) for name, path in files.items()}
+    return {name: str(path) for name, path in files.items()} | words
 
 
 class Measurements:
@@ -307,6 +323,9 @@ def report(found: Measurements) -> None:
             if way != OURS
         }
         runner.print_table("Each with its best number of lanes", rows)
+    if parts("language_model"):
+        title = f"A language model with a full softmax: words a second, {turns}"
+        report_grid(found, "language_model", "tokens_per_second", title, ours_first=True)
     if parts("window_losses"):
         rates = [
             found.values("window_losses", loss, OURS, "tokens_per_second")

@@ -73,6 +73,36 @@ def reviews(task: dict[str, Any]) -> dict[str, float]:
     return {"tokens_per_second": train.num_steps / (time.perf_counter() - began)}
 
 
+def language_model(task: dict[str, Any]) -> dict[str, float]:
+    """Words a second of training a language model with a full softmax."""
+    ours = task["way"] == "keras_tbptt"
+    ids = np.load(task["words"])
+    keywords = {"window": task["window"], "lanes": task["lanes"]}
+    tokens = keras.Input(batch_shape=(task["lanes"], task["window"]), dtype="int32")
+    x = keras.layers.Embedding(task["vocab_size"], task["units"])(tokens)
+    x = keras.layers.Dropout(0.2)(x)
+    module = keras_tbptt.layers if ours else keras.layers
+    for _ in range(task["layers"]):
+        x = module.LSTM(task["units"], stateful=True, return_sequences=True)(x)
+        x = keras.layers.Dropout(0.2)(x)
+    cls = keras_tbptt.TBPTTModel if ours else keras.Model
+    model = cls(tokens, keras.layers.Dense(task["vocab_size"])(x))
+    model.compile(
+        keras.optimizers.SGD(20.0, global_clipnorm=0.25),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        steps_per_execution=16,
+    )
+
+    def fit(ids: np.ndarray) -> int:
+        windows = keras_tbptt.DocumentWindows.next_step(ids, **keywords)
+        model.fit(windows if ours else windows.dataset(), shuffle=False, verbose=0)
+        return windows.num_steps
+
+    fit(ids[: 20 * task["lanes"] * task["window"]])  # builds the graphs
+    began = time.perf_counter()
+    return {"tokens_per_second": fit(ids) / (time.perf_counter() - began)}
+
+
 def memory(task: dict[str, Any]) -> dict[str, float]:
     """Trains on documents of a length, in `lanes` lanes; the peak is in every answer."""
     documents = max(task["lanes"], 40_000 // task["steps"])
@@ -138,7 +168,7 @@ def main() -> None:
         runner.use_cores()
     keras.utils.set_random_seed(task["seed"])
     parts = {"peak": peak, "lstm": lstm, "reviews": reviews, "memory": memory}
-    parts["window_losses"] = reviews
+    parts |= {"window_losses": reviews, "language_model": language_model}
     found = parts[task["part"]](task)
     print(json.dumps({**found, "peak_mb": runner.peak_rss_mb()}))
 

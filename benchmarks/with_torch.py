@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+WARM_WINDOWS = 20  # before the clock starts
+
 
 class Classifier(torch.nn.Module):
     def __init__(self, task: dict[str, Any]):
@@ -64,6 +66,49 @@ def reviews(task: dict[str, Any]) -> dict[str, float]:
     began = time.perf_counter()
     train.epoch(documents, labels)
     return {"tokens_per_second": len(data["ids"]) / (time.perf_counter() - began)}
+
+
+class LanguageModel(torch.nn.Module):
+    def __init__(self, task: dict[str, Any]):
+        super().__init__()
+        units = task["units"]
+        self.dropout = torch.nn.Dropout(0.2)
+        self.embedding = torch.nn.Embedding(task["vocab_size"], units)
+        self.lstm = torch.nn.LSTM(units, units, task["layers"], dropout=0.2)
+        self.head = torch.nn.Linear(units, task["vocab_size"])
+
+    def forward(self, words: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+        outputs, state = self.lstm(self.dropout(self.embedding(words)), state)
+        logits = self.head(self.dropout(outputs)).view(-1, self.head.out_features)
+        return torch.nn.functional.log_softmax(logits, dim=1), state
+
+
+def language_model(task: dict[str, Any]) -> dict[str, float]:
+    """Words a second of training, by the recipe of PyTorch's examples: word_language_model."""
+    lanes, window, rate = task["lanes"], task["window"], 20.0
+    ids = torch.from_numpy(np.load(task["words"]).astype("int64"))
+    ids = ids[: len(ids) // lanes * lanes].view(lanes, -1).t().contiguous()
+    model, loss = LanguageModel(task), torch.nn.NLLLoss()
+    model.train()
+    state = None
+    words = 0
+    began = 0.0
+    for i, place in enumerate(range(0, len(ids) - 1, window)):
+        if i == WARM_WINDOWS:
+            began, words = time.perf_counter(), 0
+        length = min(window, len(ids) - 1 - place)
+        inputs, targets = ids[place : place + length], ids[place + 1 : place + 1 + length]
+        model.zero_grad()
+        if state is not None:
+            state = tuple(part.detach() for part in state)
+        output, state = model(inputs, state)
+        loss(output, targets.reshape(-1)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+        with torch.no_grad():
+            for weights in model.parameters():
+                weights.add_(weights.grad, alpha=-rate)
+        words += length * lanes
+    return {"tokens_per_second": words / (time.perf_counter() - began)}
 
 
 def accuracy(task: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +180,13 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     random.seed(task["seed"])
     torch.manual_seed(task["seed"])
-    found = {"lstm": lstm, "reviews": reviews, "accuracy": accuracy}[task["part"]](task)
+    parts = {
+        "lstm": lstm,
+        "reviews": reviews,
+        "accuracy": accuracy,
+        "language_model": language_model,
+    }
+    found = parts[task["part"]](task)
     with open("/proc/self/status", encoding="utf-8") as status:
         found["peak_mb"] = int(status.read().split("VmHWM:")[1].split()[0]) / 2**10
     print(json.dumps(found))
