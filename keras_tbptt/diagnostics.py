@@ -44,6 +44,13 @@ class GradientReach:
         gradient: g, a float array per trainable variable of the model.
         window: int, steps in the model's own window.
         backprop_windows: The model's own reach, in windows: int, `"all"` or `"artbp"`.
+
+    Example:
+
+    ```python
+    reach = keras_tbptt.diagnostics.gradient_reach(model, windows)
+    share = reach.norms[29] / reach.norms[0]  # what is left of the gradient after 29 more steps
+    ```
     """
 
     distances: np.ndarray

@@ -29,6 +29,12 @@ def stateful_layers(model: keras.Model) -> list[keras.layers.RNN]:
 
     Raises:
         ValueError: If there is none, or one runs backwards: later steps are not known yet.
+
+    Example:
+
+    ```python
+    [layer.name for layer in keras_tbptt.state.stateful_layers(model)]  # ["lstm"]
+    ```
     """
     found = []
     for layer in _keras.flatten_layers(model):
@@ -67,6 +73,12 @@ def state_variables(model: keras.Model) -> list[keras.Variable]:
 
     Raises:
         ValueError: As `stateful_layers`; or if a layer has not been built yet.
+
+    Example:
+
+    ```python
+    h, c = keras_tbptt.state.state_variables(model)  # of one LSTM: each [lanes, units]
+    ```
     """
     variables = []
     for layer in stateful_layers(model):
@@ -87,6 +99,12 @@ def seed_variables(model: keras.Model) -> list[keras.Variable]:
 
     Returns:
         Integer variables, each once.
+
+    Example:
+
+    ```python
+    seeds = [variable.numpy() for variable in keras_tbptt.state.seed_variables(model)]
+    ```
     """
     weights = {id(weight) for weight in model.weights}
     return [variable for variable in model.variables if id(variable) not in weights]
@@ -101,6 +119,12 @@ def initial_states(model: keras.Model, lanes: int | tf.Tensor | None = None) -> 
 
     Returns:
         Tensors `[lanes, ...]`, from each cell's `get_initial_state`: zeros in Keras's own cells.
+
+    Example:
+
+    ```python
+    h, c = keras_tbptt.state.initial_states(model, lanes=1)  # each [1, units]
+    ```
     """
     states = []
     for layer in stateful_layers(model):
@@ -121,6 +145,14 @@ def get_states(model: keras.Model) -> list[np.ndarray]:
 
     Returns:
         Arrays `[lanes, ...]`, in the order of `state_variables`.
+
+    Example:
+
+    ```python
+    states = keras_tbptt.state.get_states(model)
+    model.predict(x)  # changes the state of a stock model
+    keras_tbptt.state.set_states(model, states)
+    ```
     """
     return [variable.numpy() for variable in state_variables(model)]
 
@@ -134,6 +166,12 @@ def set_states(model: keras.Model, states: Sequence[Any]) -> None:
 
     Raises:
         ValueError: If their number or shapes differ from the model's; nothing is set then.
+
+    Example:
+
+    ```python
+    keras_tbptt.state.set_states(model, [np.zeros((lanes, units))] * 2)  # h and c
+    ```
     """
     variables = state_variables(model)
     states = [tf.convert_to_tensor(state) for state in states]
@@ -181,6 +219,13 @@ def preserve_states(model: keras.Model) -> Iterator[None]:
 
     Args:
         model: A built `keras.Model`.
+
+    Example:
+
+    ```python
+    with keras_tbptt.state.preserve_states(model):
+        model.predict(x)
+    ```
     """
     saved = get_states(model)
     try:
@@ -207,6 +252,15 @@ def explicit_state(model: keras.Model) -> Callable:
         dropout and moving averages, is updated as usual. With `seeds`, the values that
         `seed_variables` had before an earlier call, that call is done again: dropout is drawn the
         same way, and nothing is updated.
+
+    Example:
+
+    ```python
+    call = keras_tbptt.state.explicit_state(model)
+    states = keras_tbptt.state.initial_states(model)
+    for window in windows:  # each [lanes, window]
+        outputs, states = call(window, states)
+    ```
     """
     variables = state_variables(model)
     owned = {id(variable) for variable in variables}

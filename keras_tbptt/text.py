@@ -102,6 +102,13 @@ def encode(
 
     Raises:
         ValueError: As `make_vectorizer`.
+
+    Example:
+
+    ```python
+    ids = keras_tbptt.text.encode(vectorizer, ["good film", "bad"])
+    ids.to_list()  # [[3, 2], [1]]
+    ```
     """
     batches = tf.data.Dataset.from_tensor_slices(_as_bytes(texts)).batch(_BATCH)
     rows = [tf.cast(vectorizer(batch), "int32") for batch in batches]

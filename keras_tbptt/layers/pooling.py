@@ -34,6 +34,13 @@ class ConcatPooling(keras.layers.Layer):
 
     State, each in the layer's variable dtype: sum `[batch, features]`, maximum
     `[batch, features]`, and count of steps `[batch, 1]`; zeros before the first step.
+
+    Example:
+
+    ```python
+    x = keras_tbptt.layers.LSTM(256, stateful=True, return_sequences=True)(x)
+    x = keras_tbptt.layers.ConcatPooling(stateful=True)(x)  # [lanes, 768]
+    ```
     """
 
     def __init__(self, stateful: bool = False, **kwargs: Any):
