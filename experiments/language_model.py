@@ -180,7 +180,9 @@ def main() -> None:
     except DataUnavailableError as error:
         raise runner.RunError(str(error)) from error
     directory = runner.RunDirectory(
-        "language_model", f"{FLAGS.unit}-{FLAGS.cell}{FLAGS.units}", free=["backup_seconds"]
+        "language_model",
+        f"{FLAGS.unit}-{FLAGS.cell}{FLAGS.units}",
+        free=["backup_seconds", "dynamic_rate", "dynamic_decay", "temperature"],
     )
     if directory.results:
         print("This run is complete.")
