@@ -138,7 +138,8 @@ def load(version: pathlib.Path) -> Predict:
     if "text" not in takes or "probability" not in gives or gives["probability"].shape[1:] != [1]:
         raise runner.RunError(
             "The model has no `stream` signature from text to one probability: export one that "
-            "ends in a single sigmoid, with its vectorizer, or name another with --model. "
+            "ends in a single sigmoid, with its vectorizer (and last_step=True if it returns every "
+            "step), or name another with --model. "
             f"Received: {version} with the signatures {', '.join(sorted(signatures)) or 'none'}"
         )
 

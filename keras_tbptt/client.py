@@ -223,8 +223,8 @@ class Session:
     ) -> dict[str, np.ndarray]:
         """Sends the next piece of the stream: text, ids or features, whichever the export takes.
 
-        An empty piece leaves the state and the outputs as they are. If the call fails, the session
-        keeps its state, and the piece may be sent again.
+        An empty piece leaves the state as it is, and the outputs that are not given at every step.
+        If the call fails, the session keeps its state, and the piece may be sent again.
 
         Args:
             text: Words, in UTF-8 if they are bytes. A piece ends between words.
@@ -232,7 +232,9 @@ class Session:
             features: Numbers `[time, F]`, for a model of features.
 
         Returns:
-            The outputs after the piece, each `[...]` without a batch axis.
+            The outputs after the piece, each `[...]` without a batch axis. Outputs that the export
+            gives at every step are `[steps, ...]`: those of the piece, one for each word, id or row
+            of features.
 
         Raises:
             ValueError: If the piece is not what its argument says; no request is sent.
@@ -421,7 +423,20 @@ def _stream_reply(
             "The reply must have `state`, as wide as the one sent, and one row of each output: "
             f"check that the model has a stream. Received: outputs of shapes {shapes}"
         )
-    return state.astype("float32"), {name: value[0] for name, value in outputs.items()}
+    return state.astype("float32"), _without_padding(outputs)
+
+
+def _without_padding(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The outputs of one stream, without a batch axis; `lengths` ends those given at every step."""
+    lengths = outputs.get("lengths", np.zeros([]))
+    rows = {name: value[0] for name, value in outputs.items()}
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu":  # an output of the model, if any
+        return rows
+    length = rows.pop("lengths")
+    if length:
+        return rows
+    # A request has at least one step, so the outputs of a piece without a step have one too many.
+    return {name: row[:0] if row.ndim > 1 and len(row) == 1 else row for name, row in rows.items()}
 
 
 def _not_an_output(name: str, value: Any) -> ServingError:

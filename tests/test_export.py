@@ -170,6 +170,19 @@ def test_an_output_with_the_name_of_the_stream_s_state_is_refused(outputs, vecto
     assert not (tmp_path / "m").exists()
 
 
+def test_lengths_is_no_name_of_an_output_where_the_reply_has_lengths(tmp_path):
+    tokens = keras.Input(batch_shape=(4, 5), dtype="int32")
+    x = keras.layers.Embedding(VOCAB, 6)(tokens)
+    x = keras.layers.LSTM(5, stateful=True, return_sequences=True)(x)
+    outputs = {"lengths": keras.layers.Dense(2)(x[:, -1]), "tags": keras.layers.Dense(2)(x)}
+    model = keras.Model(tokens, outputs)
+    with pytest.raises(ValueError, match=r"named 'lengths'.*rename.*Received: outputs"):
+        keras_tbptt.export_saved_model(model, tmp_path / "m")
+    path = keras_tbptt.export_saved_model(model, tmp_path / "m", last_step=True)
+    reply = tf.saved_model.load(str(path)).signatures["tokens"]
+    assert sorted(reply.structured_outputs) == ["lengths", "tags"]
+
+
 def test_an_output_may_have_the_name_of_an_input(vectorizer, tmp_path):
     names = ["batch_size", "ids", "lengths", "start", "text"]  # the names of all inputs but `state`
     model = model_with_outputs(lambda x: {name: keras.layers.Dense(2)(x) for name in names})

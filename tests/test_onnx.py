@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from toys import random_documents, token_model
+from toys import random_documents, token_model, two_heads, whole_document
 
 import keras_tbptt
 from keras_tbptt.serving._stream import StreamState
@@ -80,6 +80,75 @@ def test_features(tmp_path):
     }
     [outputs] = session.run([model.output_names[0]], request)
     np.testing.assert_allclose(outputs, model.predict_documents([document]), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the converter
+def test_every_step(tmp_path):
+    model = token_model(layers=two_heads)
+    session = onnxruntime.InferenceSession(keras_tbptt.export_onnx(model, tmp_path / "m.onnx"))
+    names = [output.name for output in session.get_outputs()]
+    assert sorted(names) == ["label", "new_state", "tags"]
+    rng = np.random.default_rng(0)
+    documents = random_documents(7)
+    expected = [whole_document(model, two_heads, document) for document in documents]
+    state, start = np.zeros((7, StreamState(model).width), "float32"), np.ones(7, bool)
+    found, done = [[] for _ in documents], np.zeros(7, int)
+    while any(done < [len(d) for d in documents]):
+        time = int(rng.integers(1, 13))
+        left = np.array([len(d) for d in documents]) - done
+        lengths = np.minimum(rng.integers(0, time + 1, 7), left).astype("int32")
+        ids = np.full((7, time), 7, "int32")
+        for row, document, n, length in zip(ids, documents, done, lengths, strict=True):
+            row[:length] = document[n : n + length]
+        request = {"ids": ids, "lengths": lengths, "state": state, "start": start}
+        replies = dict(zip(names, session.run(None, request), strict=True))
+        assert replies["tags"].shape == (7, time, 3)
+        for kept, tags, length in zip(found, replies["tags"], lengths, strict=True):
+            kept.append(tags[:length])
+            assert not tags[length:].any()
+        state, start, done = replies["new_state"], np.zeros(7, bool), done + lengths
+    for kept, label, whole in zip(found, replies["label"], expected, strict=True):
+        np.testing.assert_allclose(np.concatenate(kept), whole["tags"], atol=1e-5)
+        np.testing.assert_allclose(label, whole["label"], atol=1e-5)
+    request |= {"ids": ids[:, :1], "lengths": 0 * lengths, "state": state}
+    empty = dict(zip(names, session.run(None, request), strict=True))
+    np.testing.assert_array_equal(empty["tags"], np.zeros([7, 1, 3]))
+    np.testing.assert_array_equal(empty["new_state"], state)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the converter
+def test_the_last_step_alone(tmp_path):
+    model = token_model(layers=two_heads)
+    path = keras_tbptt.export_onnx(model, tmp_path / "m.onnx", last_step=True)
+    session = onnxruntime.InferenceSession(path)
+    [document] = random_documents(1, longest=20)
+    request = {
+        "ids": document[None],
+        "lengths": np.array([len(document)], "int32"),
+        "state": np.zeros((1, StreamState(model, last_step=True).width), "float32"),
+        "start": np.array([True]),
+    }
+    expected = model.predict_documents([document], last_step=True)
+    for name in ("tags", "label"):
+        np.testing.assert_allclose(session.run([name], request)[0], expected[name], atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the converter
+def test_every_step_of_features(tmp_path):
+    keras.utils.set_random_seed(0)
+    steps = keras.Input(batch_shape=(4, 5, 3))
+    x = keras.layers.GRU(4, stateful=True, return_sequences=True)(steps)
+    model = keras_tbptt.TBPTTModel(steps, keras.layers.Dense(2, name="rate")(x))
+    session = onnxruntime.InferenceSession(keras_tbptt.export_onnx(model, tmp_path / "m.onnx"))
+    [document] = random_documents(1, longest=20, features=3)
+    request = {
+        "features": document[None],
+        "lengths": np.array([len(document)], "int32"),
+        "state": np.zeros((1, StreamState(model).width), "float32"),
+        "start": np.array([True]),
+    }
+    [rates] = session.run(["rate"], request)
+    np.testing.assert_allclose(rates, model.predict_documents([document]), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["state", "new_state", "ids", "lengths", "start"])

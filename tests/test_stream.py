@@ -2,10 +2,18 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from toys import VOCAB, random_documents, token_layers, token_model
+from toys import (
+    VOCAB,
+    random_documents,
+    token_layers,
+    token_model,
+    two_heads,
+    whole_document,
+)
 
 import keras_tbptt
 from keras_tbptt.serving._signatures import signatures
+from keras_tbptt.serving._stream import StreamState, functional
 from keras_tbptt.text import encode, make_vectorizer
 
 L = keras.layers
@@ -32,12 +40,21 @@ def layers_of(layer, count):
     return token_layers(lambda: build)
 
 
-def padded(pieces):
+def padded(pieces, padding=0):
     lengths = np.array([len(piece) for piece in pieces], "int32")
-    ids = np.zeros((len(pieces), max(1, lengths.max())), "int32")
-    for row, piece in zip(ids, pieces, strict=True):
+    shape = (len(pieces), max(1, lengths.max()), *pieces[0].shape[1:])
+    steps = np.full(shape, padding, pieces[0].dtype)
+    for row, piece in zip(steps, pieces, strict=True):
         row[: len(piece)] = piece
-    return tf.constant(ids), tf.constant(lengths)
+    return tf.constant(steps), tf.constant(lengths)
+
+
+def assert_every_step(reply, expected, **tolerance):
+    """A reply has the steps of each row, and zeros behind."""
+    assert len(reply) == len(expected)
+    for row, steps in zip(np.asarray(reply), expected, strict=True):
+        np.testing.assert_allclose(row[: len(steps)], steps, **tolerance)
+        assert not row[len(steps) :].any()
 
 
 @pytest.mark.parametrize("layer", [L.LSTM, L.GRU])
@@ -108,21 +125,150 @@ def test_the_same_request_gives_the_same_bytes(served):
     assert answers[0].tobytes() == answers[1].tobytes()
 
 
-def test_features_and_outputs_per_step_and_several_outputs():
-    steps = keras.Input(batch_shape=(4, 5, 3))
+def rates(steps):
     x = L.GRU(4, stateful=True, return_sequences=True)(steps)
-    outputs = {"rate": L.Dense(2)(x), "label": L.Dense(1)(L.LSTM(3, stateful=True)(x))}
-    model = keras_tbptt.TBPTTModel(steps, outputs)
+    return [L.Dense(2, name="slow")(x), L.Dense(3, name="fast")(x)]
+
+
+@pytest.mark.parametrize(
+    "features, window",
+    [(None, 5), (None, 1), (None, 50), (3, 5)],  # no document has 50 steps
+)
+def test_every_step_of_streams_and_whole_documents_is_the_unwindowed_model_s(features, window):
+    keras.utils.set_random_seed(0)
+    if features is None:
+        layers, names = two_heads, ["label", "tags"]
+        given = keras.Input(batch_shape=(4, window), dtype="int32")
+    else:
+        layers, names = rates, ["slow", "fast"]
+        given = keras.Input(batch_shape=(4, window, features))
+    model = keras.Model(given, layers(given))
     serve = signatures(model, None)
-    documents = random_documents(count=6, features=3)
-    batch = tf.ragged.constant([d.tolist() for d in documents], ragged_rank=1)
-    lengths = tf.cast(batch.row_lengths(), "int32")
+    documents = random_documents(count=9, longest=23, features=features)
+    expected = [
+        dict(zip(names, keras.tree.flatten(whole_document(model, layers, document)), strict=True))
+        for document in documents
+    ]
+    at_every_step = [name for name in names if name != "label"]
+    lengths = [len(document) for document in documents]
+
+    steps, given_lengths = padded(documents, padding=7)
+    steps = tf.concat([steps, steps[:, -3:]], axis=1)  # more padding than is needed
+    reply = serve["tokens"](steps, given_lengths)
+    assert sorted(reply) == sorted([*names, "lengths"])
+    np.testing.assert_array_equal(reply["lengths"], lengths)
+    for name in at_every_step:
+        assert reply[name].shape[:2] == steps.shape[:2]
+        assert_every_step(reply[name], [one[name] for one in expected], atol=1e-6)
+
+    rng = np.random.default_rng(0)
+    state, done = serve["initial_state"](9)["state"], np.zeros(9, int)
+    found = {name: [[] for _ in documents] for name in at_every_step}
+    while any(done < lengths):
+        sizes = rng.integers(0, 13, 9)
+        pieces = [d[n : n + size] for d, n, size in zip(documents, done, sizes, strict=True)]
+        given_steps, given_lengths = padded(pieces, padding=7)
+        streamed = serve["stream"](given_steps, given_lengths, state, tf.zeros(9, "bool"))
+        np.testing.assert_array_equal(streamed["lengths"], given_lengths)
+        for name in at_every_step:
+            assert streamed[name].shape[:2] == given_steps.shape[:2]
+            for kept, row, n in zip(found[name], streamed[name], given_lengths, strict=True):
+                assert not row[n:].numpy().any()
+                kept.append(row[:n].numpy())
+        state, done = streamed["state"], done + given_lengths.numpy()
+    for name in at_every_step:
+        for kept, one in zip(found[name], expected, strict=True):
+            np.testing.assert_allclose(np.concatenate(kept), one[name], atol=1e-6)
+    if "label" in names:
+        labels = [one["label"] for one in expected]
+        np.testing.assert_allclose(reply["label"], labels, atol=1e-6)
+        np.testing.assert_allclose(streamed["label"], labels, atol=1e-6)
+
+
+def test_every_step_of_texts(vectorizer):
+    model = token_model(layers=two_heads)
+    serve = signatures(model, vectorizer)
+    expected = model.predict_documents(encode(vectorizer, TEXTS))
+    whole = serve["serving_default"](tf.constant(TEXTS))
+    np.testing.assert_array_equal(whole["lengths"], [13, 1, 4, 6])
+    assert_every_step(whole["tags"], expected["tags"], atol=1e-6)
+    np.testing.assert_allclose(whole["label"], expected["label"], atol=1e-6)
+    nothing = serve["serving_default"](tf.constant([], tf.string))
+    assert nothing["tags"].shape[0] == nothing["lengths"].shape[0] == 0
+
+    first, second = ["a b c d e f g", "", "c a", "..."], ["h i j k l m", "b", "b! a", "j i h g f e"]
+    state, start = serve["initial_state"](4)["state"], tf.zeros(4, "bool")
+    before = serve["stream"](tf.constant(first), state, start)
+    after = serve["stream"](tf.constant(second), before["state"], start)
+    np.testing.assert_array_equal(before["lengths"], [7, 0, 2, 0])
+    np.testing.assert_array_equal(after["lengths"], [6, 1, 2, 6])
+    pairs = zip(expected["tags"], before["lengths"], strict=True)
+    assert_every_step(before["tags"], [tags[:n] for tags, n in pairs], atol=1e-6)
+    pairs = zip(expected["tags"], before["lengths"], strict=True)
+    assert_every_step(after["tags"], [tags[n:] for tags, n in pairs], atol=1e-6)
+    np.testing.assert_allclose(after["label"], expected["label"], atol=1e-6)
+
+
+def test_a_piece_without_a_step_has_no_outputs_per_step():
+    model = token_model(layers=two_heads)
+    serve = signatures(model, None)
+    documents = random_documents(count=3, longest=9)
+    state, start = serve["initial_state"](3)["state"], tf.zeros(3, "bool")
+    before = serve["stream"](*padded(documents), state, start)
+    ids, lengths = tf.fill([3, 2], 7), tf.zeros([3], "int32")
+    after = serve["stream"](ids, lengths, before["state"], start)
+    np.testing.assert_array_equal(after["tags"], np.zeros([3, 2, 3]))
+    np.testing.assert_array_equal(after["lengths"], [0, 0, 0])
+    for name in ("label", "state"):
+        np.testing.assert_array_equal(after[name], before[name])
+    nothing = serve["tokens"](tf.zeros([0, 4], "int32"), tf.zeros([0], "int32"))
+    assert nothing["tags"].shape == (0, 4, 3)
+
+
+def test_the_last_step_alone():
+    model = token_model(layers=two_heads)
+    serve = signatures(model, None, last_step=True)
+    documents = random_documents(count=6)
     expected = model.predict_documents(documents, last_step=True)
     state, start = serve["initial_state"](6)["state"], tf.zeros(6, "bool")
-    streamed = serve["stream"](batch.to_tensor(), lengths, state, start)
-    for answer in (serve["serving_default"](batch.to_tensor(), lengths), streamed):
-        for name in ("rate", "label"):
-            np.testing.assert_allclose(answer[name], expected[name], atol=1e-5)
+    streamed = serve["stream"](*padded(documents), state, start)
+    again = serve["stream"](tf.fill([6, 1], 7), tf.zeros([6], "int32"), streamed["state"], start)
+    whole = serve["tokens"](*padded(documents))
+    assert sorted(whole) == ["label", "tags"]
+    for reply in (whole, streamed, again):
+        for name in ("label", "tags"):
+            np.testing.assert_allclose(reply[name], expected[name], atol=1e-6)
+    # The state holds the latest tags only where they are asked for.
+    assert StreamState(model, last_step=True).width == StreamState(model).width + 3
+
+
+def test_every_step_of_a_stock_sequential_model():
+    build = [
+        L.Embedding(VOCAB, 6, mask_zero=True),
+        L.LSTM(5, stateful=True, return_sequences=True),
+        L.Dense(2, activation="softmax"),
+    ]
+    stock = keras.Sequential([keras.Input(batch_shape=(4, 5), dtype="int32"), *build])
+    recurrent = lambda: L.LSTM(5, stateful=True, return_sequences=True)  # noqa: E731
+    layers = token_layers(recurrent, L.Dense(2, activation="softmax"))
+    documents = random_documents(count=6)
+    reply = signatures(functional(stock), None)["serving_default"](*padded(documents))
+    expected = [whole_document(stock, layers, document) for document in documents]
+    assert_every_step(reply["probability"], expected, atol=1e-6)
+
+
+def test_every_step_in_half_precision():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = token_model(layers=two_heads)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    serve = signatures(model, None)
+    documents = random_documents(count=6)
+    expected = model.predict_documents(documents)
+    reply = serve["tokens"](*padded(documents))
+    assert reply["tags"].dtype == tf.float16
+    assert_every_step(reply["tags"], expected["tags"], atol=1e-3)
 
 
 def bad_requests():

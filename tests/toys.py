@@ -49,6 +49,24 @@ def token_model(lanes=4, window=5, layers=None, cls=keras_tbptt.TBPTTModel, seed
     return cls(tokens, (layers or token_layers())(tokens), **kwargs)
 
 
+def two_heads(tokens):
+    """Tags of every step and one label of the document."""
+    x = keras.layers.Embedding(VOCAB, 6)(tokens)
+    x = keras_tbptt.layers.LSTM(5, stateful=True, return_sequences=True)(x)
+    tags = keras.layers.Dense(3, activation="softmax", name="tags")(x)
+    last = keras.layers.GRU(4, stateful=True)(x)
+    return {"tags": tags, "label": keras.layers.Dense(1, name="label")(last)}
+
+
+def whole_document(model, layers, document):
+    """The outputs of the same layers on a document as one window, from the initial state."""
+    shape = (1, *document.shape)
+    steps = keras.Input(batch_shape=shape, dtype=model.inputs[0].dtype)
+    whole = keras.Model(steps, layers(steps))
+    whole.set_weights(model.get_weights())
+    return keras.tree.map_structure(lambda output: output[0].numpy(), whole(document[None]))
+
+
 def compiled(model, optimizer="sgd", **kwargs):
     model.compile(optimizer, "binary_crossentropy", weighted_metrics=["accuracy"], **kwargs)
     return model

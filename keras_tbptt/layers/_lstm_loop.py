@@ -97,10 +97,10 @@ def _lstm(
         x = _select_steps(mask, x, tf.zeros_like(x))
         joined = [
             tf.cond(right_padded, lambda: x, lambda: _real_steps_first(x, mask)),
-            tf.cast(~real, x.dtype)[..., None],
+            tf.expand_dims(tf.cast(~real, x.dtype), 2),
         ]
     if weights.shape[0] - h.shape[-1] > x.shape[-1] + (mask is not None):
-        joined.append(tf.ones_like(x[..., :1]))
+        joined.append(tf.ones_like(x[:, :, :1]))
     by_step = tf.transpose(tf.concat(joined, 2), [1, 2, 0])
     outputs, last_h, last_c = _loop(by_step, tf.transpose(h), tf.transpose(c), weights, transposed)
     if mask is not None:
@@ -111,22 +111,31 @@ def _lstm(
     last_h, last_c = tf.transpose(last_h), tf.transpose(last_c)
     if not sequences:
         return None, last_h, last_c
-    outputs = tf.transpose(outputs, [2, 0, 1])
-    if mask is not None:
-        held = tf.repeat(last_h[:, None], steps, axis=1)
-        so_far = tf.maximum(tf.cumsum(tf.cast(mask, "int32"), axis=1) - 1, 0)
-        outputs = tf.cond(
-            right_padded,
-            lambda: _select_steps(real, outputs, held),
-            lambda: tf.gather(outputs, so_far, batch_dims=1),
-        )
-    return outputs, last_h, last_c
+
+    def by_lane() -> tf.Tensor:
+        return tf.transpose(outputs, [2, 0, 1])
+
+    if mask is None:
+        return by_lane(), last_h, last_c
+    # Each branch computes all that only the branches use. TensorFlow would move it there later, and
+    # the converter to ONNX then loses the shapes of the loop around them.
+    masked = tf.cond(
+        right_padded,
+        lambda: _select_steps(real, by_lane(), tf.repeat(last_h[:, None], steps, axis=1)),
+        lambda: tf.gather(by_lane(), _latest_real(mask), batch_dims=1),
+    )
+    return masked, last_h, last_c
 
 
 def _real_steps_first(x: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
     """The same steps in the same order, but for those that are masked, which come last."""
     order = tf.argsort(tf.cast(~mask, "int32"), axis=1, stable=True)
     return tf.gather(x, order, batch_dims=1)
+
+
+def _latest_real(mask: tf.Tensor) -> tf.Tensor:
+    """How many real steps come before the latest one, at each step; 0 where there is none."""
+    return tf.maximum(tf.cumsum(tf.cast(mask, "int32"), axis=1) - 1, 0)
 
 
 def _select_steps(kept: tf.Tensor, new: tf.Tensor, old: tf.Tensor) -> tf.Tensor:

@@ -107,7 +107,7 @@ class LSTM(keras.layers.LSTM):
             seen = mask if self.zero_output_for_mask else _cumulative_any(mask)
             last = tf.where(seen[:, -1:], h, 0.0)
             if self.return_sequences:
-                outputs = tf.where(seen[..., None], outputs, 0.0)
+                outputs = tf.where(tf.expand_dims(seen, 2), outputs, 0.0)
         return last, outputs if self.return_sequences else last[:, None], [h, c]
 
     def _joined_weights(self, masked: bool) -> tf.Tensor:

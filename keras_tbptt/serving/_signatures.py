@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_tbptt import _keras
 from keras_tbptt._batches import embeddings_of_ids
-from keras_tbptt.serving._stream import DocumentRunner, StreamState
+from keras_tbptt.serving._stream import DocumentRunner, StreamState, at_every_step
 from keras_tbptt.text import WORDLESS, standardize
 
 _TEXT = tf.TensorSpec([None], tf.string, name="text")
@@ -21,18 +21,21 @@ _BATCH_SIZE = tf.TensorSpec([], tf.int32, name="batch_size")
 
 
 def signatures(
-    model: keras.Model, vectorizer: keras.layers.TextVectorization | None
+    model: keras.Model,
+    vectorizer: keras.layers.TextVectorization | None,
+    last_step: bool = False,
 ) -> dict[str, tf.types.experimental.PolymorphicFunction]:
     """The functions that an export serves, by name (see `export_saved_model`).
 
     Args:
         model: A functional model with stateful layers and one input `[lanes, window, ...]`.
         vectorizer: Turns texts into ids; None for a model that does not take text.
+        last_step: bool. As in `DocumentRunner`. Defaults to False.
 
     Raises:
         ValueError: If the model has no stateful layer, or as `output_names`.
     """
-    served = _Served(model, vectorizer)
+    served = _Served(model, vectorizer, last_step)
     tokens = _graph_function(served.tokens, served.steps, _LENGTHS)
     stream_tokens = _graph_function(served.stream_tokens, served.steps, _LENGTHS, _STATE, _START)
     found = {
@@ -54,24 +57,34 @@ class _Served:
     Args:
         model: As in `signatures`.
         vectorizer: As in `signatures`.
+        last_step: As in `signatures`.
 
     Attributes:
         steps: The `tf.TensorSpec` of ids or features.
     """
 
-    def __init__(self, model: keras.Model, vectorizer: keras.layers.TextVectorization | None):
+    def __init__(
+        self,
+        model: keras.Model,
+        vectorizer: keras.layers.TextVectorization | None,
+        last_step: bool,
+    ):
         given = model.inputs[0]
         floats = keras.backend.is_float_dtype(given.dtype)
         name = "features" if floats else "ids"
         self.steps = tf.TensorSpec([None, None, *given.shape[2:]], given.dtype, name=name)
         self._vectorizer = vectorizer
-        self._names = output_names(model, taken={"state"})
-        self._runner, self._layout = DocumentRunner(model), StreamState(model)
+        self._with_lengths = any(at_every_step(model, last_step))
+        own = {"state", "lengths"} if self._with_lengths else {"state"}
+        self._names = output_names(model, taken=own)
+        self._runner = DocumentRunner(model, last_step)
+        self._layout = StreamState(model, last_step)
         self._embeddings = [] if floats else embeddings_of_ids(model, model.inputs)
 
     def tokens(self, steps: tf.Tensor, lengths: tf.Tensor) -> dict[str, tf.Tensor]:
         """Whole documents of ids or features."""
-        return self._named(self._runner.run(self._checked(steps, lengths, least=1), lengths)[0])
+        outputs, _ = self._runner.run(self._checked(steps, lengths, least=1), lengths)
+        return self._named(outputs, lengths)
 
     def stream_tokens(
         self, steps: tf.Tensor, lengths: tf.Tensor, state: tf.Tensor, start: tf.Tensor
@@ -83,7 +96,9 @@ class _Served:
     def text(self, text: tf.Tensor) -> dict[str, tf.Tensor]:
         """Whole texts."""
         ids = self._vectorizer(text)
-        return self._named(self._runner.run(ids.to_tensor(), ids.row_lengths())[0])
+        lengths = tf.cast(ids.row_lengths(), "int32")
+        outputs, _ = self._runner.run(ids.to_tensor(), lengths)
+        return self._named(outputs, lengths)
 
     def stream_text(
         self, text: tf.Tensor, state: tf.Tensor, start: tf.Tensor
@@ -99,15 +114,15 @@ class _Served:
         check = _require(batch_size >= 0, "`batch_size` must not be negative.", batch_size)
         return {"state": tf.repeat(self._layout.initial(), _after([check], batch_size), axis=0)}
 
-    def _named(self, outputs: Any) -> dict[str, tf.Tensor]:
-        return dict(zip(self._names, keras.tree.flatten(outputs), strict=True))
+    def _named(self, outputs: Any, lengths: tf.Tensor) -> dict[str, tf.Tensor]:
+        named = dict(zip(self._names, keras.tree.flatten(outputs), strict=True))
+        return {**named, "lengths": tf.identity(lengths)} if self._with_lengths else named
 
     def _go_on(
         self, steps: tf.Tensor, lengths: tf.Tensor, state: tf.Tensor, start: tf.Tensor
     ) -> dict[str, tf.Tensor]:
-        outputs, states = self._layout.unpack(state, start)
-        outputs, states = self._runner.run(steps, lengths, outputs, states)
-        return {**self._named(outputs), "state": self._layout.pack(outputs, states)}
+        outputs, states = self._runner.run(steps, lengths, *self._layout.unpack(state, start))
+        return {**self._named(outputs, lengths), "state": self._layout.pack(outputs, states)}
 
     def _checked(self, steps: tf.Tensor, lengths: tf.Tensor, least: int) -> tf.Tensor:
         name, time = self.steps.name, tf.shape(steps)[1]
@@ -197,7 +212,7 @@ def output_names(model: keras.Model, taken: Collection[str]) -> list[str]:
     for name in names:
         if name in taken:
             raise ValueError(
-                f"An output cannot be named {name!r}, because the exported stream uses this name: "
+                f"An output cannot be named {name!r}, because the export uses this name: "
                 "rename the output's layer, or its key in the dict of outputs. "
                 f"Received: outputs {names}"
             )

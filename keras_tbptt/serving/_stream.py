@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_tbptt._tensors import last_real_steps, of_rank, without_time_axis
+from keras_tbptt._tensors import (
+    has_time_axis,
+    last_real_steps,
+    of_rank,
+    without_padding,
+    without_time_axis,
+)
 from keras_tbptt.state import explicit_state, initial_states, state_variables
 
 
@@ -23,71 +30,105 @@ def functional(model: keras.Model) -> keras.Model:
     return model
 
 
+def at_every_step(model: keras.Model, last_step: bool = False) -> list[bool]:
+    """Which outputs are given at every step, in the order of `keras.tree.flatten`.
+
+    Args:
+        model: A functional model with one input `[lanes, window, ...]`.
+        last_step: bool. Whether outputs with a time axis are given at the last step alone.
+            Defaults to False.
+    """
+    window = model.inputs[0].shape[1]
+    outputs = keras.tree.flatten(model.output)
+    return [has_time_axis(output, window) and not last_step for output in outputs]
+
+
 class DocumentRunner:
-    """Runs a model over whole documents inside a `tf.function`, in the memory of one window.
+    """Runs a model over whole documents inside a `tf.function`, window by window.
+
+    It needs the memory of one window, and that of the outputs.
 
     Args:
         model: A functional model with stateful layers and one input `[lanes, window, ...]`.
+        last_step: bool. Whether outputs with a time axis are given at the last step alone. Defaults
+            to False: they are given at every step.
     """
 
-    def __init__(self, model: keras.Model):
+    def __init__(self, model: keras.Model, last_step: bool = False):
         self._model = model
         self._call = explicit_state(model)
         self._window = model.inputs[0].shape[1]
         self._step_shape = model.inputs[0].shape[2:]
-        self._symbolic = keras.tree.map_structure(
-            lambda output: without_time_axis(output, self._window), model.output
-        )
+        self._every = at_every_step(model, last_step)
+        self._each_step, self._latest = self._split(keras.tree.flatten(model.output))
 
     def run(
-        self, steps: tf.Tensor, lengths: tf.Tensor, outputs: Any = None, states: Any = None
+        self,
+        steps: tf.Tensor,
+        lengths: tf.Tensor,
+        latest: Sequence[tf.Tensor] | None = None,
+        states: Sequence[tf.Tensor] | None = None,
     ) -> tuple[Any, list[tf.Tensor]]:
         """Runs the next steps of each document.
 
         Args:
             steps: Ids or features `[batch, time, ...]`, right-padded, of any batch and time.
             lengths: Integers `[batch]`. A document of length 0 is left as it is.
-            outputs: What each document has come to, in the structure of the model's outputs, each
-                `[batch, ...]`. Defaults to None: zeros.
+            latest: What each document has come to: the outputs that are not given at every step,
+                flat, each `[batch, ...]`. Defaults to None: zeros.
             states: Its states, each `[batch, ...]` in the order of `state_variables`. Defaults to
                 None: the initial state.
 
         Returns:
-            `(outputs, states)` after the last step of each document.
+            `(outputs, states)`, in the structure of the model's outputs and as `states`. Outputs
+            given at every step are `[batch, time, ...]`, zero at padding. The others and the states
+            are `[batch, ...]`, after the last step of each document.
         """
-        batch = tf.shape(steps)[0]
+        batch, time = tf.shape(steps)[0], tf.shape(steps)[1]
         steps = tf.cast(steps, self._model.inputs[0].dtype)
         lengths = tf.cast(lengths, "int32")
-        if outputs is None:
-            outputs = keras.tree.map_structure(
-                lambda one: tf.zeros([batch, *one.shape[1:]], one.dtype), self._symbolic
-            )
+        if latest is None:
+            shapes = [without_time_axis(output, self._window) for output in self._latest]
+            latest = [tf.zeros([batch, *one.shape[1:]], one.dtype) for one in shapes]
         if states is None:
             states = initial_states(self._model, batch)
-        longest = tf.reduce_max(lengths)
-        return tf.while_loop(
-            lambda start, *_: start < longest,
-            lambda start, *carried: (
-                start + self._window,
-                *self._run_window(steps, lengths, start, *carried),
-            ),
-            (0, outputs, states),
+        longest = tf.reduce_max(tf.pad(lengths, [[1, 0]]))  # 0 for a batch without a row
+        windows = (longest + self._window - 1) // self._window
+        each_step = [
+            tf.TensorArray(output.dtype, windows, element_shape=[None, *output.shape[1:]])
+            for output in self._each_step
+        ]
+
+        def next_window(index: tf.Tensor, arrays: list, latest: list, states: list) -> tuple:
+            new, *carried = self._run_window(steps, lengths, index * self._window, latest, states)
+            arrays = [array.write(index, one) for array, one in zip(arrays, new, strict=True)]
+            return index + 1, arrays, *carried
+
+        _, each_step, last, new_states = tf.while_loop(
+            lambda index, *_: index < windows,
+            next_window,
+            (0, each_step, list(latest), list(states)),
             shape_invariants=(
                 tf.TensorShape([]),
-                keras.tree.map_structure(_any_batch, self._symbolic),
+                [tf.TensorShape([]) for _ in each_step],
+                [_any_batch(tensor) for tensor in latest],
                 [_any_batch(state) for state in states],
             ),
             parallel_iterations=1,
-        )[1:]
+        )
+        joined = [_joined(array, batch, time) for array in each_step]
+        of = {True: iter(joined), False: iter(last)}
+        outputs = [next(of[every]) for every in self._every]
+        return keras.tree.pack_sequence_as(self._model.output, outputs), new_states
 
     def _run_window(
         self,
         steps: tf.Tensor,
         lengths: tf.Tensor,
         start: tf.Tensor,
-        outputs: Any,
+        latest: list[tf.Tensor],
         states: list[tf.Tensor],
-    ) -> tuple[Any, list[tf.Tensor]]:
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
         # Documents that have ended are left out: they cost nothing, and cuDNN refuses fully masked
         # rows.
         rows = tf.where(lengths > start)
@@ -100,55 +141,62 @@ class DocumentRunner:
         # Whatever the request is padded with: an embedding may make a mask of its own, from zeros.
         part = tf.where(of_rank(mask, part.shape.rank), part, tf.zeros_like(part))
         before = [tf.gather_nd(state, rows) for state in states]
-        new_outputs, new_states = self._call(part, before, mask=mask)
-        new_outputs = last_real_steps(new_outputs, self._model.output, real, self._window)
+        outputs, new_states = self._call(part, before, mask=mask)
+        each_step, new_latest = self._split(keras.tree.flatten(outputs))
+        each_step = without_padding(each_step, self._each_step, real, self._window)
+        new_latest = last_real_steps(new_latest, self._latest, real, self._window)
+        blank = [tf.zeros([tf.shape(lengths)[0], *one.shape[1:]], one.dtype) for one in each_step]
         return keras.tree.map_structure(
             lambda old, new: tf.tensor_scatter_nd_update(old, rows, new),
-            (outputs, list(states)),
-            (new_outputs, list(new_states)),
+            (blank, latest, states),
+            (each_step, new_latest, new_states),
         )
+
+    def _split(self, outputs: list) -> tuple[list, list]:
+        """Those of a flat list of outputs that are given at every step, and the others."""
+        pairs = list(zip(outputs, self._every, strict=True))
+        return [one for one, every in pairs if every], [one for one, every in pairs if not every]
 
 
 class StreamState:
     """A model's state and latest outputs as one float32 tensor `[batch, width]`.
 
+    Outputs that are given at every step belong to a piece of a stream, so they are left out.
+
     Args:
         model: A functional model with stateful layers.
+        last_step: bool. As in `DocumentRunner`. Defaults to False.
 
     Attributes:
         width: int. Columns of the tensor.
     """
 
-    def __init__(self, model: keras.Model):
+    def __init__(self, model: keras.Model, last_step: bool = False):
         self._model = model
+        self._every = at_every_step(model, last_step)
         window = model.inputs[0].shape[1]
-        self._outputs = [without_time_axis(t, window) for t in keras.tree.flatten(model.output)]
-        self._specs = [(tuple(t.shape[1:]), t.dtype) for t in self._outputs]
+        self._latest = [without_time_axis(t, window) for t in self._latest_of(model.output)]
+        self._specs = [(tuple(t.shape[1:]), t.dtype) for t in self._latest]
         self._specs += [(tuple(v.shape[1:]), v.dtype) for v in state_variables(model)]
         self._sizes = [math.prod(shape) for shape, _ in self._specs]
         self.width = sum(self._sizes)
 
     def initial(self) -> tf.Tensor:
         """`[1, width]`: before the first step."""
-        zeros = [tf.zeros([1, *t.shape[1:]], t.dtype) for t in self._outputs]
-        return self.pack(zeros, initial_states(self._model, 1))
+        zeros = [tf.zeros([1, *t.shape[1:]], t.dtype) for t in self._latest]
+        return self._side_by_side([*zeros, *initial_states(self._model, 1)])
 
     def pack(self, outputs: Any, states: list[tf.Tensor]) -> tf.Tensor:
         """Side by side, each flat.
 
         Args:
-            outputs: In the model's structure, each `[batch, ...]`.
+            outputs: In the model's structure, as `DocumentRunner.run` returns them.
             states: In the order of `state_variables`, each `[batch, ...]`.
         """
-        flat = [*keras.tree.flatten(outputs), *states]
-        columns = [
-            tf.reshape(tf.cast(tensor, "float32"), [-1, size])
-            for tensor, size in zip(flat, self._sizes, strict=True)
-        ]
-        return tf.concat(columns, axis=1)
+        return self._side_by_side([*self._latest_of(outputs), *states])
 
-    def unpack(self, state: tf.Tensor, start: tf.Tensor) -> tuple[Any, list[tf.Tensor]]:
-        """Outputs and states, as they were packed.
+    def unpack(self, state: tf.Tensor, start: tf.Tensor) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        """Latest outputs and states, as `DocumentRunner.run` takes them.
 
         Args:
             state: float32 `[batch, width]`.
@@ -161,8 +209,39 @@ class StreamState:
                 tf.split(state, self._sizes, axis=1), self._specs, strict=True
             )
         ]
-        outputs = keras.tree.pack_sequence_as(self._model.output, flat[: len(self._outputs)])
-        return outputs, flat[len(self._outputs) :]
+        return flat[: len(self._latest)], flat[len(self._latest) :]
+
+    def _latest_of(self, outputs: Any) -> list:
+        pairs = zip(keras.tree.flatten(outputs), self._every, strict=True)
+        return [output for output, every in pairs if not every]
+
+    def _side_by_side(self, flat: list[tf.Tensor]) -> tf.Tensor:
+        columns = [
+            tf.reshape(tf.cast(tensor, "float32"), [-1, size])
+            for tensor, size in zip(flat, self._sizes, strict=True)
+        ]
+        return tf.concat(columns, axis=1)
+
+
+def _joined(windows: tf.TensorArray, batch: tf.Tensor, time: tf.Tensor) -> tf.Tensor:
+    """Windows `[batch, window, ...]` one after another, as `[batch, time, ...]` with zeros behind.
+
+    Args:
+        windows: One output of each window.
+        batch: int `[]`.
+        time: int `[]`.
+    """
+    shape = windows.element_shape[1:]
+    # Not by `stack`, which knows no batch where there is no window.
+    stacked = tf.raw_ops.TensorListStack(
+        input_handle=windows.flow,
+        element_shape=tf.stack([batch, *shape]),
+        element_dtype=windows.dtype,
+    )
+    row = tf.transpose(stacked, [1, 0, *range(2, len(shape) + 2)])
+    row = tf.reshape(row, [batch, tf.shape(stacked)[0] * shape[0], *shape[1:]])[:, :time]
+    missing = time - tf.shape(row)[1]
+    return tf.pad(row, [[0, 0], [0, missing], *[[0, 0]] * (len(shape) - 1)])
 
 
 def _any_batch(tensor: Any) -> tf.TensorShape:

@@ -26,13 +26,15 @@ def export_saved_model(
     version: int | None = None,
     keep: int | None = None,
     warmup_texts: Sequence[str] = (),
+    *,
+    last_step: bool = False,
 ) -> pathlib.Path:
     """Exports a stateful model for TF Serving: `path/<version>/`.
 
-    Every signature takes any batch and any number of steps, and reads them window by window, so in
-    the memory of one window. Nothing is shared between requests: what a stream has read is in the
-    `state` that the client keeps and sends back. The vocabulary is inside; the state of training,
-    the optimizer and the training data are not.
+    Every signature takes any batch and any number of steps, and runs them window by window, in the
+    memory of one window and of the outputs. Nothing is shared between requests: what a stream has
+    read is in the `state` that the client keeps and sends back. The vocabulary is inside; the state
+    of training, the optimizer and the training data are not.
 
     | signature | takes | returns |
     | --- | --- | --- |
@@ -42,17 +44,19 @@ def export_saved_model(
     | `stream_tokens` | `ids`, `lengths`, `state` and `start` | outputs and `state` |
     | `initial_state` | `batch_size`, int32 `[]` | `state` |
 
-    Outputs are `probability`, float32 `[batch, ...]`, or the model's output names, if it has
-    several outputs or its last layer is no sigmoid or softmax; each is read at the last step so
-    far. Where the model reads floats, `ids` is `features`, float32 `[batch, time, F]`. Without a
-    vectorizer no signature takes `text`: `serving_default` does what `tokens` does, and `stream`
-    what `stream_tokens` does.
+    Outputs are named `probability`, or by the model's output names if it has several outputs or its
+    last layer is not a sigmoid or softmax. An output with a time axis is `[batch, time, ...]`:
+    every step of the request, zero at padding. The reply then has `lengths` too, int32 `[batch]`,
+    the real steps of each row: for texts, their words. Any other output is `[batch, ...]`, at the
+    last step so far. Where the model reads floats, `ids` is `features`, float32 `[batch, time, F]`.
+    Without a vectorizer no signature takes `text`: `serving_default` does what `tokens` does, and
+    `stream` what `stream_tokens` does.
 
-    `state` is float32 `[batch, S]`, one row a stream: the latest outputs and all of the model's
-    recurrent state, each flat, in the order of `keras_tbptt.state.state_variables`. Where `start`
-    is true the row is not read, and the stream begins anew. A piece without a word, or with
-    `lengths` 0, leaves state and outputs as they are; outputs are zeros until a stream's first
-    step. Pieces end between words.
+    `state` is float32 `[batch, S]`, one row a stream: the latest outputs, except those given at
+    every step, and all of the model's recurrent state, each flat, in the order of
+    `keras_tbptt.state.state_variables`. Where `start` is true the row is not read, and the stream
+    begins anew. A piece without a word, or with `lengths` 0, leaves the state and these outputs as
+    they are; they are zeros until a stream's first step. Pieces end between words.
 
     The version directory appears whole or not at all: it is written beside its place and renamed.
     Several exports into one directory at once each get a version.
@@ -69,14 +73,17 @@ def export_saved_model(
         warmup_texts: Texts that TF Serving reads, by every signature that takes text, before it
             sends a client here (`assets.extra/tf_serving_warmup_requests`); at most 300. Needs
             `pip install 'keras-tbptt[serving]'`.
+        last_step: bool. Whether outputs with a time axis are returned at the last step so far
+            alone, `[batch, ...]`, and without `lengths`. Defaults to False.
 
     Returns:
         The path of the version directory.
 
     Raises:
         ImportError: If there are warm-up texts and the extra `serving` is not installed.
-        ValueError: If the model has no stateful layer, an output is named `state`, two outputs have
-            one name, the version already exists, or an argument is out of range.
+        ValueError: If the model has no stateful layer, an output is named `state`, or `lengths`
+            where the reply has it, two outputs have one name, the version already exists, or an
+            argument is out of range.
         OSError: If the directory cannot be written; nothing is left behind then.
     """
     if len(warmup_texts) > 300 or (warmup_texts and vectorizer is None):
@@ -91,8 +98,8 @@ def export_saved_model(
     served = tf.Module()
     served.weights = [weight.value for weight in model.weights]
     served.vectorizer = vectorizer
-    served.endpoints = signatures(model, vectorizer)
-    warmup = _warmup_requests(path.name, warmup_texts, StreamState(model).width)
+    served.endpoints = signatures(model, vectorizer, last_step)
+    warmup = _warmup_requests(path.name, warmup_texts, StreamState(model, last_step).width)
 
     with contextlib.ExitStack() as stack:
         try:

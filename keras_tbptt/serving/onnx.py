@@ -15,21 +15,27 @@ from keras_tbptt.serving._stream import functional
 _OPSET = 18
 
 
-def export_onnx(model: keras.Model, path: str | os.PathLike) -> pathlib.Path:
+def export_onnx(
+    model: keras.Model, path: str | os.PathLike, *, last_step: bool = False
+) -> pathlib.Path:
     """Exports the next steps of streams, for ONNX Runtime.
 
     The file does what the signature `stream_tokens` of `export_saved_model` does, with the same
     inputs, any batch and any number of steps: `ids`, int32 `[batch, time]`, or `features`, float32
     `[batch, time, F]`; `lengths`, int32 `[batch]`; `state`, float32 `[batch, S]`, zeros where a
-    stream begins; and `start`, bool `[batch]`. Its outputs are the model's, `[batch, ...]`, such as
-    `probability`, and `new_state`, float32 `[batch, S]`, which is the next call's `state`: in ONNX
-    no output can have the name of an input. Requests are not checked. ONNX has no vocabulary:
+    stream begins; and `start`, bool `[batch]`. Its outputs are the model's, such as `probability`,
+    and `new_state`, float32 `[batch, S]`, which is the next call's `state`: in ONNX no output can
+    have the name of an input, so `lengths` is not returned either. An output with a time axis is
+    `[batch, time, ...]`: every step of the call, zero at padding. Any other is `[batch, ...]`, at
+    the last step so far. Requests are not checked. ONNX has no vocabulary:
     `keras_tbptt.text.encode` gives the ids.
 
     Args:
         model: A functional model with stateful layers and one input of a fixed window, such as
             a `TBPTTModel`.
         path: The file, which appears whole or not at all.
+        last_step: bool. Whether outputs with a time axis are returned at the last step so far
+            alone, `[batch, ...]`. Defaults to False.
 
     Returns:
         The path.
@@ -47,12 +53,13 @@ def export_onnx(model: keras.Model, path: str | os.PathLike) -> pathlib.Path:
             f"ONNX needs a converter: pip install 'keras-tbptt[onnx]'. Received: {missing}"
         ) from missing
     model = functional(model)
-    stream = signatures(model, None)["stream"]
+    stream = signatures(model, None, last_step)["stream"]
     output_names(model, taken={"new_state", *(spec.name for spec in stream.input_signature)})
 
     @tf.function(input_signature=stream.input_signature)
     def step(steps, lengths, state, start):
         replies = dict(stream(steps, lengths, state, start))
+        replies.pop("lengths", None)  # ONNX allows no output with the name of an input
         return {"new_state": replies.pop("state"), **replies}
 
     converted, _ = tf2onnx.convert.from_function(step, stream.input_signature, opset=_OPSET)

@@ -1,13 +1,16 @@
 """Runs a signature of a SavedModel by TensorFlow's C API, from a Python without TensorFlow.
 
 python c_api.py LIBRARY MODEL INPUT_TENSOR OUTPUT_TENSOR TEXT...
+
+Prints the output, flat, and its shape.
 """
 
 import ctypes
 import json
 import sys
 
-FLOAT, STRING = 1, 7
+STRING = 7
+NUMBERS = {1: ctypes.c_float, 3: ctypes.c_int32}  # TF_FLOAT, TF_INT32
 library, model, input_name, output_name, *texts = sys.argv[1:]
 c = ctypes.CDLL(library)
 for name in (
@@ -17,6 +20,7 @@ for name in (
     getattr(c, name).restype = ctypes.c_void_p
 c.TF_Message.restype = ctypes.c_char_p
 c.TF_TensorByteSize.restype = ctypes.c_size_t
+c.TF_Dim.restype = ctypes.c_int64
 
 
 class Output(ctypes.Structure):
@@ -67,6 +71,9 @@ c.TF_SessionRun(
     None, 0, None, pointer(status),
 )  # fmt: skip
 check(status)
-size = c.TF_TensorByteSize(pointer(outputs[0])) // 4
-answer = (ctypes.c_float * size).from_address(c.TF_TensorData(pointer(outputs[0])))
-print("ANSWER", json.dumps(list(answer)))
+output = pointer(outputs[0])
+number = NUMBERS[c.TF_TensorType(output)]
+size = c.TF_TensorByteSize(output) // ctypes.sizeof(number)
+answer = (number * size).from_address(c.TF_TensorData(output))
+shape = [c.TF_Dim(output, axis) for axis in range(c.TF_NumDims(output))]
+print("ANSWER", json.dumps([list(answer), shape]))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
-from toys import VOCAB, token_model
+from toys import VOCAB, token_model, two_heads, whole_document
 
 import keras_tbptt
 from keras_tbptt.text import encode, make_vectorizer
@@ -69,14 +69,35 @@ def test_a_process_without_keras_serves_a_stream(exported):
     np.testing.assert_allclose(answers, expected, atol=1e-5)
 
 
-def test_the_c_api_serves_strings(exported):
-    path, expected = exported
+def by_the_c_api(path, output):
     proto = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes())
     signature = proto.meta_graphs[0].signature_def["serving_default"]
-    names = signature.inputs["text"].name, signature.outputs["probability"].name
+    names = signature.inputs["text"].name, signature.outputs[output].name
     library = pathlib.Path(tf.__file__).with_name("libtensorflow_cc.so.2")
-    answers = answer_of(HERE / "c_api.py", library, path, *names, *TEXTS)
-    np.testing.assert_allclose(answers, expected, atol=1e-5)
+    answer, shape = answer_of(HERE / "c_api.py", library, path, *names, *TEXTS)
+    return np.reshape(answer, shape)
+
+
+def test_the_c_api_serves_strings(exported):
+    path, expected = exported
+    answers = by_the_c_api(path, "probability")
+    np.testing.assert_allclose(answers[:, 0], expected, atol=1e-5)
+
+
+def test_the_c_api_serves_every_step(tmp_path):
+    vectorizer = make_vectorizer([" ".join("abcdefghij")], VOCAB)
+    model = token_model(layers=two_heads)
+    path = keras_tbptt.export_saved_model(model, tmp_path, vectorizer)
+    documents = encode(vectorizer, TEXTS)
+    lengths = [len(document) for document in documents]
+    np.testing.assert_array_equal(by_the_c_api(path, "lengths"), lengths)
+    labels, tags = by_the_c_api(path, "label"), by_the_c_api(path, "tags")
+    assert tags.shape == (len(TEXTS), max(lengths), 3)
+    for i, document in enumerate(documents):
+        expected = whole_document(model, two_heads, document)
+        np.testing.assert_allclose(tags[i, : lengths[i]], expected["tags"], atol=1e-5)
+        assert not tags[i, lengths[i] :].any()
+        np.testing.assert_allclose(labels[i], expected["label"], atol=1e-5)
 
 
 def test_the_command_line_shows_every_signature(exported):
