@@ -14,7 +14,7 @@ from keras_tbptt import text
 from keras_tbptt._batches import check_windows
 from keras_tbptt.data._documents import check_values, flatten
 from keras_tbptt.data.windows import DocumentWindows
-from keras_tbptt.serving._generation import Generator
+from keras_tbptt.serving._generation import Generator, excluded_ids
 from keras_tbptt.serving._stream import functional
 
 
@@ -76,12 +76,10 @@ def generate(
     model = functional(model)
     _check_arguments(steps, temperature, top_k, top_p, seed)
     generator = _generator_of(model)
-    excluded = np.zeros(generator.classes, bool)
-    excluded[:1] = generator.padding
+    excluded = excluded_ids(generator, vectorizer)
     stop = [] if stop is None else [stop] if isinstance(stop, (str, int, np.integer)) else stop
     if vectorizer is not None:
-        prompts, stop = _as_ids(prompts, stop, vectorizer, generator.classes)
-        excluded[:2] = True
+        prompts, stop = _as_ids(prompts, stop, vectorizer)
     ids, lengths = _checked_prompts(prompts, model)
     stop = np.asarray(stop, "int32").reshape(-1)
     if stop.size and not 0 <= stop.min() <= stop.max() < generator.classes:
@@ -139,18 +137,12 @@ def _check_arguments(steps: Any, temperature: Any, top_k: Any, top_p: Any, seed:
 
 
 def _as_ids(
-    prompts: Any, stop: Sequence[Any], vectorizer: keras.layers.TextVectorization, classes: int
+    prompts: Any, stop: Sequence[Any], vectorizer: keras.layers.TextVectorization
 ) -> tuple[Any, list[int]]:
     """Prompts and stop words as ids."""
-    vocabulary = vectorizer.get_vocabulary()
-    if len(vocabulary) != classes:
-        raise ValueError(
-            "The vocabulary must be the one that the model was trained on, with a word for each "
-            f"class. Received: a vocabulary of {len(vocabulary)}, {classes} classes"
-        )
     if isinstance(prompts, (str, bytes)):
         raise ValueError(f"`prompts` must be a list of texts. Received: prompts={prompts!r}")
-    known = {word: i for i, word in enumerate(vocabulary)}
+    known = {word: i for i, word in enumerate(vectorizer.get_vocabulary())}
     unknown = [word for word in stop if word not in known]
     if unknown:
         raise ValueError(

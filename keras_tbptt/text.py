@@ -142,8 +142,16 @@ def decode(vectorizer: keras.layers.TextVectorization, ids: Any) -> str:
             f"Every id must be in the vocabulary, which has {len(vocabulary)}. "
             f"Received: ids from {ids.min()} to {ids.max()}"
         )
-    separator = "" if vectorizer.get_config()["split"] == "character" else " "
-    return separator.join(vocabulary[i] for i in ids if i)
+    return separator_of(vectorizer).join(vocabulary[i] for i in ids if i)
+
+
+def separator_of(vectorizer: keras.layers.TextVectorization) -> str:
+    """What stands between two steps of a text.
+
+    Args:
+        vectorizer: From `make_vectorizer`.
+    """
+    return "" if vectorizer.get_config()["split"] == "character" else " "
 
 
 def _as_bytes(texts: Any) -> np.ndarray:

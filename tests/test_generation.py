@@ -174,7 +174,7 @@ def test_a_text_ends_before_its_stop():
 
 
 def test_texts_are_continued_in_words():
-    words = "<eos> a b c d e f g h i".split()  # 10, and padding, and the unknown word
+    words = WORDS
     vectorizer = keras_tbptt.text.make_vectorizer([" ".join(words)], standardize=None)
     model = language_model()
     prompts = ["a b c", "d ? e"]
@@ -241,3 +241,93 @@ def test_a_model_of_floats_or_of_one_class_is_refused():
         generate(TBPTTModel(tokens, keras.layers.Dense(1)(x)), PROMPTS, 3)
     with pytest.raises(ValueError, match="a row for each class"):
         generate(TBPTTModel(tokens, keras.layers.Dense(CLASSES + 1)(x)), PROMPTS, 3)
+
+
+WORDS = "<eos> a b c d e f g h i".split()  # 10, and padding, and the unknown word
+
+
+def exported(path, vectorizer=None, **kwargs):
+    model = language_model(**kwargs)
+    path = keras_tbptt.export_saved_model(model, path, vectorizer, generation=True)
+    return model, tf.saved_model.load(str(path)).signatures
+
+
+def settings(steps=8, temperature=2.0, top_k=0, top_p=1.0, seed=5):
+    return {
+        "steps": tf.constant(steps),
+        "temperature": tf.constant(temperature),
+        "top_k": tf.constant(top_k),
+        "top_p": tf.constant(top_p),
+        "seed": tf.constant(seed),
+    }
+
+
+def test_an_export_generates_what_the_model_generates(tmp_path):
+    vectorizer = keras_tbptt.text.make_vectorizer([" ".join(WORDS)], standardize=None)
+    model, served = exported(tmp_path, vectorizer, mask_zero=True)
+    kwargs = {"temperature": 2.0, "seed": 5, "top_k": 4, "top_p": 0.9}
+    sampling = settings(top_k=4, top_p=0.9)
+    prompts = ["a b c", "d"]
+    expected = generate(model, prompts, 8, vectorizer=vectorizer, stop="i", **kwargs)
+    found = served["generate"](text=tf.constant(prompts), stop=tf.constant(["i"]), **sampling)
+    assert [text.decode() for text in found["text"].numpy()] == expected
+
+    model, served = exported(tmp_path / "ids")
+    ids = tf.ragged.constant(PROMPTS).to_tensor()
+    lengths = tf.constant([len(prompt) for prompt in PROMPTS])
+    found = served["generate_tokens"](ids=ids, lengths=lengths, stop=tf.constant([7]), **sampling)
+    expected = generate(model, PROMPTS, 8, stop=7, **kwargs)
+    for row, count, new in zip(found["ids"].numpy(), found["lengths"], expected, strict=True):
+        assert row[: int(count)].tolist() == new.tolist()
+        assert not row[int(count) :].any()
+
+
+def test_characters_of_an_export_keep_their_spaces(tmp_path):
+    vectorizer = keras_tbptt.text.make_vectorizer(
+        ["a b\nc defgh"], standardize=None, split="character"
+    )
+    model, served = exported(tmp_path, vectorizer)
+    state = served["initial_state"](batch_size=tf.constant(1))["state"]
+    pieces = []
+    for piece in ("a", " ", "\n", "b "):
+        reply = served["stream"](
+            text=tf.constant([piece]), state=state, start=tf.constant([not pieces])
+        )
+        state = reply["state"]
+        pieces.append(reply["dense"].numpy()[0])
+    (ids,) = keras_tbptt.text.encode(vectorizer, ["a \nb "]).to_list()
+    whole = model.predict_documents([ids])[0]
+    np.testing.assert_allclose(np.concatenate(pieces), whole, atol=1e-5)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="at least one step"):
+        served["serving_default"](text=tf.constant(["a", ""]))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    return exported(tmp_path_factory.mktemp("export"))[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"steps": 0}, "`steps` must be at least 1"),
+        ({"temperature": 0.0}, "`temperature` must be finite and above 0"),
+        ({"top_k": -1}, "`top_k` must be at least 1, or 0 for all"),
+        ({"top_p": 0.0}, "`top_p` must be in"),
+    ],
+)
+def test_a_bad_request_is_named(served, changed, message):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        served["generate_tokens"](
+            ids=tf.constant([[1]]), lengths=tf.constant([1]), stop=tf.constant([], "int32"),
+            **settings(**changed),
+        )  # fmt: skip
+
+
+def test_only_a_model_that_can_generate_is_exported_so(tmp_path):
+    steps = keras.Input(batch_shape=(2, 5, 3))
+    x = keras.layers.LSTM(6, stateful=True, return_sequences=True)(steps)
+    model = TBPTTModel(steps, keras.layers.Dense(CLASSES)(x))
+    with pytest.raises(ValueError, match="a model of ids"):
+        keras_tbptt.export_saved_model(model, tmp_path / "model", generation=True)
+    assert not (tmp_path / "model").exists()

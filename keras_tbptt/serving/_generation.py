@@ -61,7 +61,7 @@ class Generator:
                 )
         self._model = model
         self._dtype = given[0].dtype
-        self._runner = DocumentRunner(model)
+        self._runner = DocumentRunner(model, last_step=True)
         self._call = explicit_state(model)
         self._gives_probabilities = self._look_at_outputs()
 
@@ -187,6 +187,35 @@ class Generator:
             )
         sums = at_once.sum(axis=-1)
         return bool((at_once >= 0).all() and (np.abs(sums - 1) < 0.05).all())
+
+
+def excluded_ids(
+    generator: Generator, vectorizer: keras.layers.TextVectorization | None
+) -> np.ndarray:
+    """Which ids are never drawn: padding, and with a vocabulary the unknown word.
+
+    Args:
+        generator: What draws.
+        vectorizer: The vocabulary, or None.
+
+    Returns:
+        bool `[classes]`.
+
+    Raises:
+        ValueError: If the vocabulary has not one word for each class.
+    """
+    excluded = np.zeros(generator.classes, bool)
+    excluded[:1] = generator.padding
+    if vectorizer is None:
+        return excluded
+    words = vectorizer.vocabulary_size()
+    if words != generator.classes:
+        raise ValueError(
+            "The vocabulary must be the one that the model was trained on, with a word for each "
+            f"class. Received: a vocabulary of {words}, {generator.classes} classes"
+        )
+    excluded[:2] = True
+    return excluded
 
 
 _INTEGERS = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64")

@@ -10,20 +10,31 @@ import tensorflow as tf
 
 from keras_tbptt import _keras
 from keras_tbptt._batches import embeddings_of_ids
+from keras_tbptt.serving._generation import Generator, excluded_ids
 from keras_tbptt.serving._stream import DocumentRunner, StreamState, at_every_step
-from keras_tbptt.text import WORDLESS, standardize
+from keras_tbptt.text import WORDLESS, separator_of, standardize
 
 _TEXT = tf.TensorSpec([None], tf.string, name="text")
 _LENGTHS = tf.TensorSpec([None], tf.int32, name="lengths")
 _STATE = tf.TensorSpec([None, None], tf.float32, name="state")
 _START = tf.TensorSpec([None], tf.bool, name="start")
 _BATCH_SIZE = tf.TensorSpec([], tf.int32, name="batch_size")
+_STOP_IDS = tf.TensorSpec([None], tf.int32, name="stop")
+_STOP_WORDS = tf.TensorSpec([None], tf.string, name="stop")
+_SAMPLING = (
+    tf.TensorSpec([], tf.int32, name="steps"),
+    tf.TensorSpec([], tf.float32, name="temperature"),
+    tf.TensorSpec([], tf.int32, name="top_k"),
+    tf.TensorSpec([], tf.float32, name="top_p"),
+    tf.TensorSpec([], tf.int32, name="seed"),
+)
 
 
 def signatures(
     model: keras.Model,
     vectorizer: keras.layers.TextVectorization | None,
     last_step: bool = False,
+    generation: bool = False,
 ) -> dict[str, tf.types.experimental.PolymorphicFunction]:
     """The functions that an export serves, by name (see `export_saved_model`).
 
@@ -31,9 +42,10 @@ def signatures(
         model: A functional model with stateful layers and one input `[lanes, window, ...]`.
         vectorizer: Turns texts into ids; None for a model that does not take text.
         last_step: bool. As in `DocumentRunner`. Defaults to False.
+        generation: bool. Whether prompts can be continued. Defaults to False.
 
     Raises:
-        ValueError: If the model has no stateful layer, or as `output_names`.
+        ValueError: If the model has no stateful layer, or as `output_names` and `Generator`.
     """
     served = _Served(model, vectorizer, last_step)
     tokens = _graph_function(served.tokens, served.steps, _LENGTHS)
@@ -48,6 +60,13 @@ def signatures(
     if vectorizer is not None:
         found["serving_default"] = _graph_function(served.text, _TEXT)
         found["stream"] = _graph_function(served.stream_text, _TEXT, _STATE, _START)
+    if generation:
+        generated = _ServedGeneration(model, vectorizer, served)
+        found["generate_tokens"] = _graph_function(
+            generated.tokens, served.steps, _LENGTHS, _STOP_IDS, *_SAMPLING
+        )
+        if vectorizer is not None:
+            found["generate"] = _graph_function(generated.text, _TEXT, _STOP_WORDS, *_SAMPLING)
     return found
 
 
@@ -80,10 +99,12 @@ class _Served:
         self._runner = DocumentRunner(model, last_step)
         self._layout = StreamState(model, last_step)
         self._embeddings = [] if floats else embeddings_of_ids(model, model.inputs)
+        # What `keras_tbptt.text.standardize` makes of a text without a word.
+        self._adds_a_word = vectorizer is not None and len(vectorizer([""])[0]) > 0
 
     def tokens(self, steps: tf.Tensor, lengths: tf.Tensor) -> dict[str, tf.Tensor]:
         """Whole documents of ids or features."""
-        outputs, _ = self._runner.run(self._checked(steps, lengths, least=1), lengths)
+        outputs, _ = self._runner.run(self.checked(steps, lengths, least=1), lengths)
         return self._named(outputs, lengths)
 
     def stream_tokens(
@@ -91,14 +112,20 @@ class _Served:
     ) -> dict[str, tf.Tensor]:
         """The next ids or features of streams."""
         state = self._checked_state(steps, self.steps.name, state, start)
-        return self._go_on(self._checked(steps, lengths, least=0), lengths, state, start)
+        return self._go_on(self.checked(steps, lengths, least=0), lengths, state, start)
 
     def text(self, text: tf.Tensor) -> dict[str, tf.Tensor]:
         """Whole texts."""
+        ids, lengths = self.as_ids(text)
+        outputs, _ = self._runner.run(ids, lengths)
+        return self._named(outputs, lengths)
+
+    def as_ids(self, text: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Ids `[batch, time]` and lengths int32 `[batch]` of whole texts."""
         ids = self._vectorizer(text)
         lengths = tf.cast(ids.row_lengths(), "int32")
-        outputs, _ = self._runner.run(ids.to_tensor(), lengths)
-        return self._named(outputs, lengths)
+        check = _require(lengths > 0, "Every text must have at least one step.", lengths)
+        return _after([check], tf.cast(ids.to_tensor(), "int32")), lengths
 
     def stream_text(
         self, text: tf.Tensor, state: tf.Tensor, start: tf.Tensor
@@ -106,7 +133,9 @@ class _Served:
         """The next text of streams."""
         state = self._checked_state(text, "text", state, start)
         ids = self._vectorizer(text)
-        lengths = tf.where(standardize(text) == WORDLESS, 0, tf.cast(ids.row_lengths(), "int32"))
+        lengths = tf.cast(ids.row_lengths(), "int32")
+        if self._adds_a_word:
+            lengths = tf.where(standardize(text) == WORDLESS, 0, lengths)
         return self._go_on(ids.to_tensor(), lengths, state, start)
 
     def initial_state(self, batch_size: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -124,7 +153,8 @@ class _Served:
         outputs, states = self._runner.run(steps, lengths, *self._layout.unpack(state, start))
         return {**self._named(outputs, lengths), "state": self._layout.pack(outputs, states)}
 
-    def _checked(self, steps: tf.Tensor, lengths: tf.Tensor, least: int) -> tf.Tensor:
+    def checked(self, steps: tf.Tensor, lengths: tf.Tensor, least: int) -> tf.Tensor:
+        """Steps, for use only once they have been checked."""
         name, time = self.steps.name, tf.shape(steps)[1]
         inside = (lengths >= least) & (lengths <= time)
         message = f"`lengths` must lie between {least} and the steps of `{name}`."
@@ -152,6 +182,83 @@ class _Served:
         used = tf.math.is_finite(state) | start[:, None]
         message = "`state` must be finite: send what the last reply had."
         return _after([_require(used, message, state)], state)
+
+
+class _ServedGeneration:
+    """The bodies of the signatures that continue prompts.
+
+    Args:
+        model: As in `signatures`.
+        vectorizer: As in `signatures`.
+        served: The other signatures of the model.
+
+    Raises:
+        ValueError: As `Generator`; or if the vocabulary is not the model's.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        vectorizer: keras.layers.TextVectorization | None,
+        served: _Served,
+    ):
+        self._generator = Generator(model)
+        self._served = served
+        self._excluded = excluded_ids(self._generator, vectorizer)
+        if vectorizer is not None:
+            self._words = tf.constant(vectorizer.get_vocabulary())
+            self._separator = separator_of(vectorizer)
+
+    def tokens(
+        self, ids: tf.Tensor, lengths: tf.Tensor, stop: tf.Tensor, *sampling: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """Continues prompts of ids."""
+        classes = self._generator.classes
+        known = (stop >= 0) & (stop < classes)
+        check = _require(known, f"`stop` must lie between 0 and {classes - 1}.", stop)
+        ids = self._served.checked(ids, lengths, least=1)
+        texts, drawn = self._run(ids, lengths, _after([check], stop), *sampling)
+        return {"ids": texts, "lengths": drawn}
+
+    def text(self, text: tf.Tensor, stop: tf.Tensor, *sampling: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Continues prompts of text."""
+        ids, lengths = self._served.as_ids(text)
+        same = stop[:, None] == self._words
+        check = _require(tf.reduce_any(same, axis=1), "`stop` must be words of the model.", stop)
+        stop = _after([check], tf.argmax(same, axis=1, output_type="int32"))
+        texts, drawn = self._run(ids, lengths, stop, *sampling)
+        words = tf.RaggedTensor.from_tensor(tf.gather(self._words, texts), drawn)
+        return {"text": tf.strings.reduce_join(words, axis=1, separator=self._separator)}
+
+    def _run(
+        self,
+        ids: tf.Tensor,
+        lengths: tf.Tensor,
+        stop: tf.Tensor,
+        steps: tf.Tensor,
+        temperature: tf.Tensor,
+        top_k: tf.Tensor,
+        top_p: tf.Tensor,
+        seed: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        warm = tf.math.is_finite(temperature) & (temperature > 0)
+        checks = [
+            _require(steps > 0, "`steps` must be at least 1.", steps),
+            _require(warm, "`temperature` must be finite and above 0.", temperature),
+            _require(top_k >= 0, "`top_k` must be at least 1, or 0 for all.", top_k),
+            _require((top_p > 0) & (top_p <= 1), "`top_p` must be in (0, 1].", top_p),
+        ]
+        return self._generator.run(
+            _after(checks, ids),
+            lengths,
+            steps,
+            temperature,
+            top_k,
+            top_p,
+            stop,
+            tf.constant(self._excluded),
+            tf.stack([0, seed]),
+        )
 
 
 def _graph_function(

@@ -28,6 +28,7 @@ def export_saved_model(
     warmup_texts: Sequence[str] = (),
     *,
     last_step: bool = False,
+    generation: bool = False,
 ) -> pathlib.Path:
     """Exports a stateful model for TF Serving: `path/<version>/`.
 
@@ -43,6 +44,12 @@ def export_saved_model(
     | `stream` | `text`, `state`, and `start`, bool `[batch]` | outputs and `state` |
     | `stream_tokens` | `ids`, `lengths`, `state` and `start` | outputs and `state` |
     | `initial_state` | `batch_size`, int32 `[]` | `state` |
+    | `generate` | `text`, `stop`, string `[n]`, and the settings | `text` |
+    | `generate_tokens` | `ids`, `lengths`, `stop`, int32 `[n]`, and the settings | the same two |
+
+    The last two are there with `generation=True`. They continue prompts, as `keras_tbptt.generate`
+    does. The settings are scalars: `steps` (int32), `temperature` (float32), `top_k` (int32, 0 for
+    all), `top_p` (float32, 1 for all) and `seed` (int32).
 
     Outputs are named `probability`, or by the model's output names if it has several outputs or its
     last layer is not a sigmoid or softmax. An output with a time axis is `[batch, time, ...]`:
@@ -75,6 +82,8 @@ def export_saved_model(
             `pip install 'keras-tbptt[serving]'`.
         last_step: bool. Whether outputs with a time axis are returned at the last step so far
             alone, `[batch, ...]`, and without `lengths`. Defaults to False.
+        generation: bool. Whether the export can continue prompts. The model must be one that
+            `keras_tbptt.generate` takes. Defaults to False.
 
     Returns:
         The path of the version directory.
@@ -85,6 +94,14 @@ def export_saved_model(
             where the reply has it, two outputs have one name, the version already exists, or an
             argument is out of range.
         OSError: If the directory cannot be written; nothing is left behind then.
+
+    Example:
+
+    ```python
+    path = keras_tbptt.export_saved_model(model, "saved_models/imdb", vectorizer)
+    served = tf.saved_model.load(path).signatures["serving_default"]
+    served(text=tf.constant(["I love this film."]))["probability"]
+    ```
     """
     if len(warmup_texts) > 300 or (warmup_texts and vectorizer is None):
         raise ValueError(
@@ -98,7 +115,7 @@ def export_saved_model(
     served = tf.Module()
     served.weights = [weight.value for weight in model.weights]
     served.vectorizer = vectorizer
-    served.endpoints = signatures(model, vectorizer, last_step)
+    served.endpoints = signatures(model, vectorizer, last_step, generation)
     warmup = _warmup_requests(path.name, warmup_texts, StreamState(model, last_step).width)
 
     with contextlib.ExitStack() as stack:
@@ -172,6 +189,13 @@ def write_models_config(path: str | os.PathLike, mount: str = "/models") -> path
 
     Returns:
         The path of the file, for the server's `--model_config_file`.
+
+    Example:
+
+    ```python
+    keras_tbptt.write_models_config("saved_models")
+    # docker run -v $PWD/saved_models:/models ... --model_config_file=/models/models.config
+    ```
     """
     path = pathlib.Path(path)
     models = [p.name for p in sorted(path.iterdir()) if any(v.name.isdigit() for v in _folders(p))]
