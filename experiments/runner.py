@@ -23,17 +23,22 @@ import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
-from rich.console import Console
-from rich.table import Table
 
 import experiments
 import keras_tbptt
+from keras_tbptt._files import write_whole
 from keras_tbptt.callbacks import BackupError
 
 try:
     import matplotlib
-except ImportError as missing:  # now, and not after the training
-    sys.exit(f"The experiments draw: pip install 'keras-tbptt[plots]'. Received: {missing}")
+    from rich import progress
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as missing:  # before the training, not after it
+    sys.exit(
+        "The experiments need packages for figures and tables: run `pip install '.[plots]'` in the "
+        f"clone. Received: {missing}"
+    )
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
@@ -168,7 +173,7 @@ class RunDirectory:
         self.path = there or pathlib.Path(f"runs/{experiment}/{stamp}-{key}")
         check_writable(self.path, "--run_dir")
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "flags.txt", text)
+        write_whole(self.path / "flags.txt", text.encode())
         places = f"--flagfile={self.path / 'flags.txt'}", f"--run_dir={self.path}"
         command = shlex.join(["python", "-m", module, *places, "--resume"])
         self.command = command if resumable else None
@@ -204,7 +209,7 @@ class RunDirectory:
             "peak_rss_mb": peak_rss_mb(),
             "versions": versions(),
         }
-        write_atomically(self / "results.json", json.dumps(results, indent=2) + "\n")
+        write_whole(self / "results.json", (json.dumps(results, indent=2) + "\n").encode())
 
 
 class Epochs(keras.callbacks.Callback):
@@ -253,7 +258,7 @@ class Epochs(keras.callbacks.Callback):
         writer = csv.DictWriter(lines, self.records[0])
         writer.writeheader()
         writer.writerows(self.records)
-        write_atomically(self.log, lines.getvalue())
+        write_whole(self.log, lines.getvalue().encode())
 
 
 class BestWeights(keras.callbacks.Callback):
@@ -333,18 +338,6 @@ def check_writable(path: pathlib.Path, flag: str) -> None:
         )
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is there whole or not at all.
-
-    Args:
-        path: The file.
-        text: What it shall hold.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def peak_rss_mb() -> int:
     """The largest resident memory of this process so far, in MB (2**20 bytes)."""
     try:
@@ -362,6 +355,16 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
     }
+
+
+def progress_bar() -> progress.Progress:
+    """A progress bar: a name, how many are done, and the time that is left."""
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+    )
 
 
 def print_table(title: str, rows: Mapping[str, Any]) -> None:

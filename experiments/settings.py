@@ -12,7 +12,6 @@ from typing import Any
 import keras
 import numpy as np
 from absl import flags
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import keras_tbptt
 from experiments import runner
@@ -130,12 +129,11 @@ def run_each(
     Yields:
         For each setting in turn its figures, with `setting` and `peak_rss_mb` added.
     """
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with (
         concurrent.futures.ProcessPoolExecutor(
             flags.FLAGS.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1
         ) as pool,
-        Progress(*columns, TimeRemainingColumn()) as bar,
+        runner.progress_bar() as bar,
     ):
         task = bar.add_task("rows", total=len(settings))
         seeds = range(flags.FLAGS.seeds)

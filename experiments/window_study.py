@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import data, runner
 from keras_tbptt.losses import WINDOW_LOSSES
@@ -166,10 +165,9 @@ def main() -> None:
         "window_study", f"{len(todo)}cells", free=["windows", "window_losses", "cells", "jobs"]
     )
     rows = []
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with (
         concurrent.futures.ThreadPoolExecutor(FLAGS.jobs) as pool,
-        Progress(*columns, TimeRemainingColumn()) as bar,
+        runner.progress_bar() as bar,
     ):
         task = bar.add_task("cells", total=len(todo))
         running: list[subprocess.Popen] = []
