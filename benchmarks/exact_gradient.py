@@ -1,11 +1,11 @@
-"""Memory and time of an exact gradient, window by window, against one unrolled pass.
+"""Memory and time of an exact gradient: window by window, or in one backward pass.
 
     python -m benchmarks.exact_gradient
 
-The same model learns from the same documents, once with `backprop_windows="all"` through windows
-of --window steps, once by Keras's own backward pass over the whole document (one window that is as
-long as the document). Each run is a process of its own, in turn, --repeats times; figures are
-medians.
+The same model learns from the same documents in two ways. One way uses windows of --window steps
+and `backprop_windows="all"`. The other way uses Keras's own backward pass over the whole document:
+its only window is as long as the document. Each run is a separate process, and the two ways take
+turns. Figures are medians of --repeats runs.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from experiments import runner
 
 flags.DEFINE_integer("steps", 3_000, "Steps of each document (N).", 1)
 flags.DEFINE_integer("window", 30, "Steps in a window (K).", 1)
-flags.DEFINE_integer("lanes", 64, "Documents side by side.", 1)
-flags.DEFINE_integer("units", 256, "Units of the LSTM, and size of the embedding.", 1)
-flags.DEFINE_integer("updates", 4, "Optimizer steps of a run; the first is not timed.", 2)
-flags.DEFINE_integer("repeats", 3, "Runs of each.", 1)
-flags.DEFINE_enum("measure", None, ["exact", "full"], "Measures one in this process, for itself.")
+flags.DEFINE_integer("lanes", 64, "Documents in a batch.", 1)
+flags.DEFINE_integer("units", 256, "Units of the LSTM. The embedding has the same size.", 1)
+flags.DEFINE_integer("updates", 4, "Optimizer steps of a run. The first one is not timed.", 2)
+flags.DEFINE_integer("repeats", 3, "Runs of each way.", 1)
+flags.DEFINE_enum(
+    "measure", None, ["exact", "full"],
+    "Measure only this way, in this process. The benchmark starts itself with this flag.",
+)  # fmt: skip
 FLAGS = flags.FLAGS
 
 
 class _Updates(keras.callbacks.Callback):
-    """Seconds of each epoch, which is one update."""
+    """Records the seconds of each epoch. An epoch is one update."""
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.began = time.perf_counter()
@@ -50,8 +53,8 @@ def measure(way: str) -> dict[str, float]:
         way: `"exact"` or `"full"`.
 
     Returns:
-        `seconds` of an update (median), `peak_mb` of resident memory, and `added_mb`, what that is
-        more than after training on documents of one window.
+        `seconds`: the median time of an update. `peak_mb`: the peak of resident memory. `added_mb`:
+        how much higher that peak is than after training on documents of one window.
     """
     _train(FLAGS.window, "all", FLAGS.window)
     before = runner.peak_rss_mb()
@@ -64,7 +67,7 @@ def measure(way: str) -> dict[str, float]:
 
 
 def _train(window: int, reach: int | str, steps: int) -> float:
-    """Trains on a group of documents of `steps` steps; returns the seconds of an update."""
+    """Trains on documents of `steps` steps, and returns the seconds of an update."""
     keras.utils.set_random_seed(0)
     tokens = keras.Input(batch_shape=(FLAGS.lanes, window), dtype="int32")
     x = keras.layers.Embedding(10_000, FLAGS.units, mask_zero=True)(tokens)
@@ -89,7 +92,7 @@ def _train(window: int, reach: int | str, steps: int) -> float:
 
 
 def main() -> None:
-    """Measures both in turn, and compares."""
+    """Measures both ways in turn, and compares them."""
     if FLAGS.measure:
         print(json.dumps(measure(FLAGS.measure)))
         return

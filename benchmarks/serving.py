@@ -1,13 +1,15 @@
-"""Latency and throughput of an export, against plain Keras over the padded whole document.
+"""Latency and throughput of an exported model, compared with plain Keras on padded documents.
 
     python -m benchmarks.serving
 
-A model is exported and loaded again, as a server does it. Plain Keras has the same weights in an
-LSTM that is not stateful, and reads a request in one piece: `predict` is `model.predict`,
-`function` the same model as a `tf.function` of any batch and length, without what `predict` does
-around it. A request holds random words; its first document is as long as the table says, the
-others are of any length up to that (`--equal`: of the same length), right-padded. All ways answer
-a request in turn, in one process, --repeats times; figures are medians.
+The benchmark exports a model and loads it again, as a server does. Plain Keras has the same weights
+in an LSTM that is not stateful, and runs over a whole request at once. It is measured in two ways:
+`predict` is `model.predict`, and `function` is the model as a `tf.function` for any batch size and
+length, without the overhead of `predict`.
+
+A request holds right-padded documents of random words. The table shows the length of its first
+document. The other documents have any length up to that, or the same length with --equal. All ways
+answer the same request in turn, in one process. Figures are medians of --repeats answers.
 """
 
 from __future__ import annotations
@@ -26,14 +28,14 @@ from absl import flags
 import keras_tbptt
 from experiments import runner
 
-flags.DEFINE_integer("vocab_size", 20_000, "Ids of the embedding.", 2)
+flags.DEFINE_integer("vocab_size", 20_000, "Ids that the embedding has.", 2)
 flags.DEFINE_integer("embedding", 128, "Size of the embedding.", 1)
 flags.DEFINE_integer("units", 128, "Units of the LSTM.", 1)
 flags.DEFINE_integer("window", 30, "Steps in a window (K) of the exported model.", 1)
 flags.DEFINE_list("batches", ["1", "8", "64", "256"], "Documents in a request.")
-flags.DEFINE_list("lengths", ["30", "230", "1000"], "Words of a request's longest document.")
-flags.DEFINE_bool("equal", False, "All documents of a request have the same length.")
-flags.DEFINE_integer("repeats", 15, "Answers of each way to each request.", 1)
+flags.DEFINE_list("lengths", ["30", "230", "1000"], "Words of the longest document of a request.")
+flags.DEFINE_bool("equal", False, "Whether all documents of a request have the same length.")
+flags.DEFINE_integer("repeats", 15, "How often each way answers each request.", 1)
 flags.adopt_module_key_flags(runner)
 FLAGS = flags.FLAGS
 
@@ -41,7 +43,7 @@ STYLES = {"export": "-", "predict": ":", "function": "--"}
 
 
 def build_models() -> tuple[keras.Model, keras.Model]:
-    """The model to export, and plain Keras with the same weights."""
+    """The model to export, and a plain Keras model with the same weights."""
     keras.utils.set_random_seed(FLAGS.seed)
     stateful = _build(keras.Input(batch_shape=(32, FLAGS.window), dtype="int32"), stateful=True)
     plain = _build(keras.Input(shape=(None,), dtype="int32"), stateful=False)
@@ -56,17 +58,17 @@ def _build(tokens: Any, stateful: bool) -> keras.Model:
 
 
 def load_exported(model: keras.Model) -> Any:
-    """The model as a server has it: exported, and loaded from disk."""
+    """The model as a server has it: exported, and then loaded from disk."""
     with tempfile.TemporaryDirectory() as folder:
         return tf.saved_model.load(str(keras_tbptt.export_saved_model(model, folder)))
 
 
 def make_request(documents: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random documents, the first being the longest.
+    """Random documents. The first one is the longest.
 
     Args:
-        documents: int, how many.
-        longest: int, words of the longest.
+        documents: int. How many documents.
+        longest: int. Words of the longest document.
 
     Returns:
         int32 ids `[documents, longest]`, right-padded, and int32 lengths `[documents]`.
@@ -79,15 +81,15 @@ def make_request(documents: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def median_ms(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """How long each way takes, called in turn.
+    """Measures how long each way takes. The ways are called in turn.
 
     Args:
-        ways: Functions, all of which return the same answer.
+        ways: Functions by name. All of them return the same answer.
 
     Returns:
-        Milliseconds by way, medians.
+        The median milliseconds of each way, by name.
     """
-    first, *others = (np.asarray(answer()) for answer in ways.values())  # compiles, too
+    first, *others = (np.asarray(answer()) for answer in ways.values())  # the first call compiles
     for other in others:
         np.testing.assert_allclose(other, first, atol=1e-5)
     times: dict[str, list[float]] = {way: [] for way in ways}
@@ -103,12 +105,12 @@ def measure() -> tuple[list[dict[str, float]], dict[int, float]]:
     """Measures every request of the grid.
 
     Returns:
-        For each request its `documents`, `longest` and `words`, and the milliseconds of each way;
-        and by number of documents those that a live stream takes for the next window of each.
+        For each request, its `documents`, `longest` and `words`, and the milliseconds of each way.
+        For each number of live streams, the milliseconds to run the next window of all of them.
     """
     stateful, plain = build_models()
     signatures = load_exported(stateful).signatures
-    # Exported without a vectorizer, they are what is else `tokens` and `stream_tokens`.
+    # The model is exported without a vectorizer, so these two signatures take ids.
     export, stream = signatures["serving_default"], signatures["stream"]
     function = tf.function(plain, input_signature=[tf.TensorSpec([None, None], tf.int32)])
     points, streams = [], {}
@@ -119,7 +121,7 @@ def measure() -> tuple[list[dict[str, float]], dict[int, float]]:
             ms = median_ms(
                 {
                     "export": lambda r=request: _ask(export, **r)["probability"],
-                    # By default it would cut a large request into batches of 32.
+                    # By default, `predict` would split a large request into batches of 32.
                     "predict": lambda x=ids: plain.predict(x, batch_size=len(x), verbose=0),
                     "function": lambda x=ids: function(x),
                 }
@@ -142,7 +144,7 @@ def _ask(signature: Callable, **request: Any) -> dict[str, tf.Tensor]:
 
 
 def draw(path: pathlib.Path, points: list[dict[str, float]]) -> None:
-    """Latency by length, a colour for each number of documents."""
+    """Draws latency by length, with a colour for each number of documents."""
     with runner.figure(path) as axes:
         for colour, documents in enumerate(dict.fromkeys(p["documents"] for p in points)):
             same = [p for p in points if p["documents"] == documents]

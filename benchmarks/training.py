@@ -1,25 +1,27 @@
-"""What training costs: keras_tbptt, stock Keras and PyTorch's usual recipe, in turn.
+"""What training costs with keras_tbptt, with stock Keras and with PyTorch's usual recipe.
 
     python -m benchmarks.training --torch_python path/to/python
 
-Every measurement is a process of its own; all ways are measured in turn, --repeats times, each time
-with the next seed; figures are medians, and ratios medians of the ratios within a turn. Parts
-(`--parts`):
+Every measurement is a separate process. In a turn, all ways are measured one after the other. There
+are --repeats turns, each with the next seed. Figures are medians over turns. A ratio is the median
+of the ratios of single turns. The parts (`--parts`) are:
 
-- `lstm`: forward and backward pass of the layer alone, at each of --points, and the share of
-  the matrix-product peak, measured in the same turns, that its products reach.
-- `reviews`: an epoch over real reviews, real words a second, with each of --lanes.
-- `language_model`: words a second of training on running text, with a full softmax: two layers of
-  200 units, 10,000 words, 20 lanes, windows of 35 (the recipe of PyTorch's word_language_model).
-- `window_losses`: an epoch with the loss at the last window, against one at every window.
-- `memory`: peak memory of training on one document of a million words, and on short ones.
-- `accuracy`: seconds of the whole command, from raw strings to a test accuracy: the main job,
-  `experiments.imdb`, and PyTorch's recipe, which stops after the epoch that reaches --target.
+- `lstm`: a forward and backward pass of the layer alone, at each of --points. The table also shows
+  the rate of its matrix products, as a share of the highest rate that the same turn measured.
+- `reviews`: real words per second in an epoch over real reviews, with each of --lanes.
+- `language_model`: words per second of training on running text with a full softmax. The recipe is
+  that of PyTorch's word_language_model: two layers of 200 units, 10,000 words, 20 lanes and windows
+  of 35 steps.
+- `window_losses`: an epoch with the loss at the last window, compared with one at every window.
+- `memory`: peak memory of training on one document of a million words, and on short documents.
+- `accuracy`: seconds of the whole command, from raw strings to a test accuracy. This compares the
+  main job, `experiments.imdb`, with PyTorch's recipe, which stops after the epoch that reaches
+  --target.
 
-Stopped, it goes on with --resume; with more --repeats, too.
+--resume continues a benchmark that was stopped. It can also add turns, with more --repeats.
 
-`with_keras.py` and `with_torch.py` have the sizes and recipes. The texts of the reviews go to
-PyTorch in a temporary file.
+`with_keras.py` and `with_torch.py` define the models and recipes. PyTorch gets the texts of the
+reviews in a temporary file.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ PARTS = ("lstm", "reviews", "language_model", "window_losses", "memory", "accura
 
 flags.DEFINE_list("parts", list(PARTS), "What to measure.")
 flags.register_validator(
-    "parts", lambda parts: set(parts) <= set(PARTS), f"must be of {', '.join(PARTS)}"
+    "parts", lambda parts: set(parts) <= set(PARTS), f"must be among {', '.join(PARTS)}"
 )
 flags.DEFINE_list(
     "points",
@@ -54,21 +56,21 @@ flags.DEFINE_list(
         *("128x30x64", "256x30x64", "512x30x64", "256x100x64", "256x400x64"),
         *("256x30x32", "256x30x128", "512x30x128"),
     ],
-    "For `lstm`: units x window x lanes.",
+    "Sizes for `lstm`, as units x window x lanes.",
 )
-flags.DEFINE_list("lanes", ["32", "64", "128"], "For `reviews`: documents side by side.")
-flags.DEFINE_integer("units", 256, "Units of the LSTM, but for `lstm`.", 1)
+flags.DEFINE_list("lanes", ["32", "64", "128"], "Documents in a batch, for `reviews`.")
+flags.DEFINE_integer("units", 256, "Units of the LSTM, in all parts except `lstm`.", 1)
 flags.DEFINE_integer("embedding", 100, "Size of the embedding.", 1)
 flags.DEFINE_integer("vocab_size", 10_000, "Words of the embedding.", 3)
-flags.DEFINE_integer("window", 30, "Steps in a window (K), but for `lstm`.", 1)
+flags.DEFINE_integer("window", 30, "Steps in a window (K), in all parts except `lstm`.", 1)
 flags.DEFINE_integer("limit", 4_000, "Reviews in an epoch of `reviews`.", 1)
 flags.DEFINE_float("target", 0.885, "Test accuracy at which PyTorch's recipe stops.", 0, 1)
-flags.DEFINE_integer("epochs", 5, "Epochs after which it stops in any case.", 1)
-flags.DEFINE_integer("repeats", 3, "Turns.", 1)
-flags.DEFINE_string("data_dir", None, "tensorflow-datasets' directory; its default if not given.")
+flags.DEFINE_integer("epochs", 5, "The most epochs that PyTorch's recipe trains.", 1)
+flags.DEFINE_integer("repeats", 3, "How often everything is measured.", 1)
+flags.DEFINE_string("data_dir", None, "Directory of tensorflow-datasets; its default if not given.")
 flags.DEFINE_string(
     "torch_python", sys.executable,
-    "The Python that has PyTorch, if it has an environment of its own; '' leaves PyTorch out.",
+    "The Python that has PyTorch, if that is another environment. '' leaves PyTorch out.",
 )  # fmt: skip
 flags.adopt_module_key_flags(runner)
 FLAGS = flags.FLAGS
@@ -83,11 +85,11 @@ def tasks(files: dict[str, str]) -> Iterator[Task]:
     """Everything that is measured in one turn.
 
     Args:
-        files: The paths of the `texts`, of the `ids` of some and of `all_ids`.
+        files: The paths that `prepare` returns.
 
     Yields:
-        What `with_keras.py` and `with_torch.py` take: `part`, `way`, `point` (its name in tables),
-        sizes and files.
+        The tasks that `with_keras.py` and `with_torch.py` take. A task has a `part`, a `way`, a
+        `point` (the name in tables), sizes and files.
     """
     torch = (TORCH,) if FLAGS.torch_python else ()
     base = {
@@ -129,7 +131,7 @@ def tasks(files: dict[str, str]) -> Iterator[Task]:
         yield {**base, "part": "accuracy", "way": OURS, "point": "main job"}
         if torch:
             run = {"target": FLAGS.target, "epochs": FLAGS.epochs, "texts": files["texts"]}
-            # The recipe's own batch.
+            # The recipe has batches of 32.
             yield {
                 **base,
                 **run,
@@ -141,19 +143,19 @@ def tasks(files: dict[str, str]) -> Iterator[Task]:
 
 
 def _flops(task: Task) -> int:
-    """Of the products of a window: each weight is multiplied once forwards, twice backwards."""
+    """Operations of a window: each weight is used once forwards and twice backwards."""
     weights = 4 * task["units"] * (task["embedding"] + task["units"])
     return 3 * 2 * weights * task["window"] * task["lanes"]
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Measures in a process of its own.
+    """Runs a task in a separate process.
 
     Args:
         task: One of `tasks`.
 
     Returns:
-        What it found, with the `seconds` of the whole process.
+        The figures of the task, and the `seconds` of the whole process.
 
     Raises:
         experiments.runner.RunError: If the process fails.
@@ -170,7 +172,7 @@ def measure(task: Task) -> dict[str, Any]:
             command = [sys.executable, "-m", "benchmarks.with_keras", json.dumps(task)]
         env = dict(os.environ)
         if task["way"] == STOCK and task["part"] != "peak":
-            del env["TF_ENABLE_ONEDNN_OPTS"]  # the experiments' choice, not TensorFlow's own
+            del env["TF_ENABLE_ONEDNN_OPTS"]  # set by the experiments, and not by TensorFlow
         began = time.perf_counter()
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, cwd=ROOT, env=env
@@ -178,8 +180,8 @@ def measure(task: Task) -> dict[str, Any]:
         seconds = time.perf_counter() - began
         if done.returncode:
             raise runner.RunError(
-                f"A measurement with {task['way']} failed; for PyTorch name an interpreter that "
-                "has it with --torch_python, or leave it out with --torch_python ''. "
+                f"A measurement with {task['way']} failed. For PyTorch, give a Python that has it "
+                "with --torch_python, or leave PyTorch out with --torch_python ''. "
                 f"Received: {done.stderr.strip()[-500:]}"
             )
         if task["part"] == "accuracy" and task["way"] == OURS:
@@ -191,15 +193,15 @@ def measure(task: Task) -> dict[str, Any]:
 
 
 def prepare(folder: pathlib.Path) -> dict[str, str]:
-    """Writes the reviews for the processes that read them.
+    """Writes the reviews to files for the processes that measure.
 
     Args:
-        folder: Where to.
+        folder: The directory of the files.
 
     Returns:
-        The paths that `tasks` takes.
+        The paths of `texts`, `ids` (of --limit reviews), `all_ids` and `words` (random words).
     """
-    # Speed does not depend on which words follow each other, but on how often they come.
+    # Speed depends on how frequent the words are, and not on their order.
     ranks = np.random.default_rng(FLAGS.seed).zipf(1.2, 400_000)
     np.save(folder / "words.npy", np.minimum(ranks, 9_999).astype("int32"))
     words = {"words": str(folder / "words.npy")}
@@ -229,39 +231,40 @@ def prepare(folder: pathlib.Path) -> dict[str, str]:
 
 
 class Measurements:
-    """What was measured, by part, point and way, one value a turn.
+    """All measurements, by part, point and way, with one value per turn.
 
     Args:
-        records: Tasks with what was found, in the order measured.
+        records: Tasks with their figures, in the order in which they were measured.
     """
 
     def __init__(self, records: Sequence[dict[str, Any]]):
         self.records = records
 
     def values(self, part: str, point: str, way: str, name: str) -> np.ndarray:
-        """float64 `[turns]`, empty if there are none."""
+        """The values of a figure: float64 `[turns]`, empty if there are none."""
         key = (part, point, way)
         found = [r[name] for r in self.records if (r["part"], r["point"], r["way"]) == key]
         return np.array(found, "float64")
 
     def points(self, part: str) -> list[str]:
-        """The points of a part, in order."""
+        """The points of a part, in the order of measurement."""
         return list(dict.fromkeys(r["point"] for r in self.records if r["part"] == part))
 
     def ways(self, part: str) -> list[str]:
-        """The ways of a part, in order."""
+        """The ways of a part, in the order of measurement."""
         return list(dict.fromkeys(r["way"] for r in self.records if r["part"] == part))
 
 
 def report_grid(found: Measurements, part: str, name: str, title: str, ours_first: bool) -> None:
-    """Prints a value of each way at each point, and the ratios to ours.
+    """Prints a figure of each way at each point, and its ratio to the figure of keras_tbptt.
 
     Args:
         found: The measurements.
-        part: Which part.
-        name: Which value.
-        title: The headline.
-        ours_first: Whether ours is divided by the others', as where more is better.
+        part: str. The part.
+        name: str. The figure.
+        title: str. The headline.
+        ours_first: bool. Whether the figure of keras_tbptt is divided by the others. That is right
+            if more is better.
     """
     ways, rows = found.ways(part), []
     others = [way for way in ways if way != OURS]
@@ -281,12 +284,12 @@ def report_grid(found: Measurements, part: str, name: str, title: str, ours_firs
 
 
 def peak_share(found: Measurements, point: str, way: str) -> np.ndarray:
-    """The rate of the layer's products over the matrix-product peak, by turn.
+    """The rate of the layer's matrix products, as a share of the highest rate, for each turn.
 
     Args:
         found: The measurements.
         point: A point of `lstm`.
-        way: Whose.
+        way: The way.
     """
     task = next(r for r in found.records if r["part"] == "lstm" and r["point"] == point)
     rate = _flops(task) / (1e6 * found.values("lstm", point, way, "ms"))
@@ -357,7 +360,7 @@ def draw(found: Measurements, directory: runner.RunDirectory) -> None:
 
     Args:
         found: The measurements.
-        directory: Where to.
+        directory: The run's directory.
     """
     if found.points("lstm"):
         with runner.figure(directory / "lstm.png") as axes:
@@ -386,7 +389,7 @@ def _bars(axes: Any, points: list[str], heights: dict[str, list[float]]) -> None
         axes.bar(np.arange(len(points)) + i * width, values, width, label=way, color=_COLORS[way])
     axes.set_xticks(np.arange(len(points)) + 0.4 - width / 2, points, rotation=30, ha="right")
     axes.tick_params(labelsize="small")
-    # Above the axes, where it hides no bar.
+    # The legend is above the axes, so that it hides no bar.
     axes.legend(fontsize="small", ncols=len(heights), loc="lower center", bbox_to_anchor=(0.5, 1))
 
 

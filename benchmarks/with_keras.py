@@ -1,9 +1,9 @@
-"""keras_tbptt and stock Keras, measured in this process; `benchmarks.training` runs it.
+"""keras_tbptt or stock Keras, measured in this process. `benchmarks.training` runs this script.
 
     python -m benchmarks.with_keras '{"part": "lstm", "way": "keras", ...}'
 
-Stock Keras is `keras.layers.LSTM(stateful=True)` in a functional model, with Keras's Adam and
-TensorFlow's own choice of threads, on the same windows, reset by `ResetStates`.
+Stock Keras is `keras.layers.LSTM(stateful=True)` in a functional model, with Keras's Adam and the
+thread settings that TensorFlow chooses. It runs on the same windows, and `ResetStates` resets it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from experiments import runner
 
 
 def peak(task: dict[str, Any]) -> dict[str, float]:
-    """The best rate of a float32 matrix product."""
+    """The highest rate of a float32 matrix product that was measured."""
     a, b = tf.random.normal((2048, 2048)), tf.random.normal((2048, 2048))
     seconds = min(_times(tf.function(lambda: tf.reduce_sum(tf.matmul(a, b))), 30))
     return {"gflops": 2 * 2048**3 / seconds / 1e9}
 
 
 def lstm(task: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds of forward and backward pass of the layer alone, over one window."""
+    """Milliseconds of a forward and backward pass of the layer alone, over one window."""
     lanes, window, size = task["lanes"], task["window"], task["embedding"]
     module = keras_tbptt.layers if task["way"] == "keras_tbptt" else keras.layers
     layer = module.LSTM(task["units"], stateful=True)
     x = tf.random.normal((lanes, window, size))
     lengths = np.full(lanes, window)
-    lengths[0] = window // 2  # as in training: hardly a row is padded, but any may be
+    lengths[0] = window // 2  # as in training, where few rows are padded, but any row may be
     mask = tf.sequence_mask(lengths, window)
     layer.build(x.shape)
 
@@ -61,13 +61,13 @@ def _times(function: Callable[[], Any], calls: int) -> list[float]:
 
 
 def reviews(task: dict[str, Any]) -> dict[str, float]:
-    """Real tokens a second in an epoch over documents that are ids already."""
+    """Real tokens per second in an epoch over documents of ids."""
     data = np.load(task["ids"])
     ids, offsets, labels = (data[name] for name in ("ids", "offsets", "labels"))
     train = _windows(task, ids, offsets, labels)
     few = 4 * task["lanes"]
     fit = _build(task)
-    fit(_windows(task, ids, offsets[: few + 1], labels[:few]))  # builds the graphs
+    fit(_windows(task, ids, offsets[: few + 1], labels[:few]))  # traces the graphs
     began = time.perf_counter()
     fit(train)
     return {"tokens_per_second": train.num_steps / (time.perf_counter() - began)}
@@ -104,7 +104,7 @@ def language_model(task: dict[str, Any]) -> dict[str, float]:
 
 
 def memory(task: dict[str, Any]) -> dict[str, float]:
-    """Trains on documents of a length, in `lanes` lanes; the peak is in every answer."""
+    """Trains on documents of `steps` steps. `main` adds the peak of memory to every answer."""
     documents = max(task["lanes"], 40_000 // task["steps"])
     if task["steps"] >= 1_000_000:
         documents = 1
@@ -131,7 +131,7 @@ def _windows(task: dict[str, Any], ids: Any, offsets: Any, labels: Any) -> Any:
 
 
 def _build(task: dict[str, Any]) -> Callable[[Any], Any]:
-    """Trains a model for an epoch."""
+    """Builds a model, and returns a function that trains it for an epoch."""
     ours = task["way"] == "keras_tbptt"
     tokens = keras.Input(batch_shape=(task["lanes"], task["window"]), dtype="int32")
     x = keras.layers.Embedding(task["vocab_size"], task["embedding"], mask_zero=True)(tokens)
@@ -150,7 +150,7 @@ def _build(task: dict[str, Any]) -> Callable[[Any], Any]:
         optimizer,
         "binary_crossentropy",
         weighted_metrics=["accuracy"],
-        steps_per_execution=16 if ours else 1,  # more would hide resets from `ResetStates`
+        steps_per_execution=16 if ours else 1,  # `ResetStates` must run after every step
     )
 
     def fit(windows: keras_tbptt.DocumentWindows) -> Any:

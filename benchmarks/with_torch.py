@@ -1,11 +1,13 @@
 """PyTorch's usual recipe for truncated backpropagation, measured in this process.
 
-`benchmarks.training` runs it with a task as JSON; it needs `torch` and `numpy` alone.
+`benchmarks.training` runs this script with a task as JSON. The script needs only `torch` and
+`numpy`.
 
-The recipe is the one that tutorials copy (after ksopyla's `lstm_imdb_tbptt.py`): words by
-`lower().split()`, the most frequent of them as the vocabulary, batches of similar length, padded;
-each batch is split every K steps, the state is carried and detached, and every window takes a
-loss and an Adam step. It reads the padding, too, in training and in evaluation.
+The recipe is the one that tutorials copy (after ksopyla's `lstm_imdb_tbptt.py`). Words come from
+`lower().split()`, and the most frequent ones are the vocabulary. A batch holds documents of similar
+length, padded. It is split every K steps. The state is detached and carried to the next window, and
+every window has a loss and an Adam step. The recipe also runs over the padding, in training and in
+evaluation.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Classifier(torch.nn.Module):
 
 
 def lstm(task: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds of forward and backward pass of the layer alone, over one window."""
+    """Milliseconds of a forward and backward pass of the layer alone, over one window."""
     layer = torch.nn.LSTM(task["embedding"], task["units"])
     x = torch.randn(task["window"], task["lanes"], task["embedding"], requires_grad=True)
     state = tuple(torch.zeros(1, task["lanes"], task["units"]) for _ in range(2))
@@ -56,7 +58,7 @@ def lstm(task: dict[str, Any]) -> dict[str, float]:
 
 
 def reviews(task: dict[str, Any]) -> dict[str, float]:
-    """Real tokens a second in an epoch over documents that are ids already."""
+    """Real tokens per second in an epoch over documents of ids."""
     data = np.load(task["ids"])
     documents = np.split(data["ids"], data["offsets"][1:-1])
     documents = [torch.from_numpy(d.astype("int64")) for d in documents]
@@ -112,7 +114,7 @@ def language_model(task: dict[str, Any]) -> dict[str, float]:
 
 
 def accuracy(task: dict[str, Any]) -> dict[str, Any]:
-    """Test accuracy after each epoch, until one reaches the target, from raw strings on."""
+    """Trains from raw strings until an epoch's test accuracy reaches the target."""
     with open(task["texts"], encoding="utf-8") as file:
         splits = json.load(file)
     (train, train_labels), (test, test_labels) = splits["train"], splits["test"]

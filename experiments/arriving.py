@@ -1,4 +1,4 @@
-"""Text as it arrives -> the whole words that a `stream` signature reads."""
+"""Splits text that is still arriving into whole words, for a `stream` signature."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ import select
 import time
 from collections.abc import Iterable, Iterator
 
-_PAUSE = 0.25  # seconds of silence after which a piece is read though it is not full
+_PAUSE = 0.25  # seconds without a byte, after which the model runs on the words so far
 _CHUNK = 4096  # bytes
 
-# A word of the model's has a letter or digit, or anything beyond ASCII; what is between words goes
-# with the one after. No cut is inside an HTML tag, which the model deletes as a whole; what has not
-# closed after so many bytes is taken for text, since a live text cannot wait for ever.
+# A word of the model has a letter, a digit or a character beyond ASCII. The separator between two
+# words goes with the second one. A cut is never inside an HTML tag, because the model deletes whole
+# tags. A tag that does not end within this number of bytes counts as text, because a stream cannot
+# wait for ever.
 _LONGEST_TAG = 500
 _TAG = rb"<[a-zA-Z/][^>]{0,%d}>" % _LONGEST_TAG
 _NO_TAG = rb"<(?![a-zA-Z/])|<(?=[^>]{%d})" % (_LONGEST_TAG + 1)
 _BETWEEN = rb"(?:%b|%b|[^0-9A-Za-z\x80-\xff<])*" % (_TAG, _NO_TAG)
 _WORD = re.compile(rb"%b[0-9A-Za-z\x80-\xff](?:%b|%b|[^\s<])*\s" % (_BETWEEN, _TAG, _NO_TAG))
-_END = b" " * (_LONGEST_TAG + 1)  # no word or tag is waited for after it
+_END = b" " * (_LONGEST_TAG + 1)  # ends every word and every tag
 
 
 def arrivals(descriptor: int) -> Iterator[bytes]:
-    """Bytes as they arrive, and `b""` once when none have for a moment.
+    """Yields bytes as they arrive, and `b""` once for each pause.
 
     Args:
-        descriptor: int, of a file, a pipe or a terminal.
+        descriptor: int. The descriptor of a file, a pipe or a terminal.
     """
     waited = True
     while True:
-        # Once a pause is told there is nothing to do before the next byte, however late it comes.
+        # After a pause has been reported, there is nothing to do until the next byte.
         ready, _, _ = select.select([descriptor], [], [], None if waited else _PAUSE)
         if ready and not (arrived := os.read(descriptor, _CHUNK)):
             return
@@ -40,14 +41,14 @@ def arrivals(descriptor: int) -> Iterator[bytes]:
 
 
 def whole_words(text: bytes) -> tuple[list[bytes], bytes]:
-    """Cuts text between words, as the `stream` signature wants it.
+    """Cuts text between words, as the `stream` signature needs it.
 
     Args:
         text: Bytes, UTF-8 or not.
 
     Returns:
-        The words that nothing can be added to any more, each with what separates it from the word
-        before and one whitespace after; and the rest, to be put before what comes next.
+        The words that are complete, each with the separator before it and one whitespace after it.
+        And the rest of the text, which belongs before the bytes that arrive next.
     """
     words, end = [], 0
     while match := _WORD.match(text, end):
@@ -59,12 +60,12 @@ def whole_words(text: bytes) -> tuple[list[bytes], bytes]:
 def pieces(
     arrived: Iterable[bytes], window: int = 1, rate: float | None = None
 ) -> Iterator[list[bytes]]:
-    """Whole words for the model to read next: `window` of them, or fewer before a pause.
+    """Yields pieces of `window` whole words. A piece before a pause may have fewer.
 
     Args:
-        arrived: Bytes cut anywhere; `b""` is a pause.
-        window: int.
-        rate: Words a second at most, or None.
+        arrived: Bytes, cut anywhere. `b""` is a pause.
+        window: int. Words in a piece. Defaults to 1.
+        rate: Optional float. The most words per second. Defaults to None: no limit.
     """
     rest, piece = b"", []
     for more in itertools.chain(arrived, [_END, b""]):
@@ -82,7 +83,7 @@ def pieces(
 
 
 def readable(piece: bytes) -> str:
-    """A piece for a person: no tags, and nothing that a terminal would obey.
+    """A piece as a terminal may show it, without tags and control characters.
 
     Args:
         piece: Bytes, UTF-8 or not.

@@ -21,12 +21,12 @@ GENERATED_TRAIN, GENERATED_TEST = 6_000, 2_000
 
 
 class DataUnavailableError(Exception):
-    """A data set can be had neither from disk nor from the network."""
+    """A data set can be neither loaded nor downloaded."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Texts (object array `[documents]` of str or bytes) and labels (int32 `[documents]`)."""
+    """Texts (an object array `[documents]` of str or bytes) and labels (int32 `[documents]`)."""
 
     texts: np.ndarray
     labels: np.ndarray
@@ -38,7 +38,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A data set by its name, split for training, for choosing and for one last reading."""
+    """A data set, with its name and its splits for training, validation and test."""
 
     name: str
     train: Split
@@ -47,21 +47,22 @@ class Corpus:
 
 
 def load(data: str, data_dir: str | None, limit: int | None, valid: float, seed: int) -> Corpus:
-    """Loads a corpus, and keeps a part of its training split for validation.
+    """Loads a corpus, and takes a part of its training split for validation.
 
     Args:
-        data: One of `DATASETS`; `"auto"` takes the real reviews and, only where they cannot be
-            had, says so and takes the generated ones.
-        data_dir: tensorflow-datasets' directory, None for its default.
-        limit: Documents of each of the two splits, None for all.
-        valid: Share of the training split that is kept for validation, in (0, 1).
-        seed: Which documents these are; with `"generated"` also what is written.
+        data: One of `DATASETS`. `"auto"` is the real reviews. If they can be neither loaded nor
+            downloaded, it logs a message and generates reviews instead.
+        data_dir: The directory of tensorflow-datasets, or None for its default.
+        limit: The number of documents of each of the two splits, or None for all.
+        valid: The share of the training split that is used for validation, in (0, 1).
+        seed: The seed that chooses the documents for validation, and of generated reviews.
 
     Returns:
         The corpus.
 
     Raises:
-        DataUnavailableError: If `data` is `"imdb_reviews"` and it cannot be had.
+        DataUnavailableError: If `data` is `"imdb_reviews"`, and it can be neither loaded nor
+            downloaded.
         ValueError: If fewer than two training documents are left.
     """
     if data == "generated":
@@ -107,16 +108,16 @@ def _load_imdb_reviews(data_dir: str | None) -> tuple[Split, Split]:
     try:
         try:
             train, test = read(download=False)
-        except AssertionError:  # how tfds says that nothing is prepared
+        except AssertionError:  # what tfds raises if the data set is not on disk
             if not list(Path(where).glob(f"downloads/**/*{_ARCHIVE}*")):
-                # tfds would try for minutes where there is no network, and leave folders behind.
+                # Without a network, tfds would try for minutes and leave directories behind.
                 urllib.request.urlopen(urllib.request.Request(_URL, method="HEAD"), timeout=10)
             train, test = read(download=True)
     except Exception as error:
         raise DataUnavailableError(
-            "The data set imdb_reviews can be had neither from disk nor from the network: prepare "
-            f"it with tensorflow-datasets in {where}, name a directory that has it with "
-            f"--data_dir, or run with --data generated. Received: {first_line(error)}"
+            "The data set imdb_reviews can be neither loaded nor downloaded: prepare it with "
+            f"tensorflow-datasets in {where}, give a directory that has it with --data_dir, or run "
+            f"with --data generated. Received: {first_line(error)}"
         ) from error
     return _to_split(train), _to_split(test)
 
@@ -127,7 +128,7 @@ def _to_split(dataset: Any) -> Split:
 
 
 def first_line(error: Exception) -> str:
-    """An error in one line.
+    """The class and the first line of an error.
 
     Args:
         error: The error.

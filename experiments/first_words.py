@@ -2,8 +2,9 @@
 
     python -m experiments.first_words
 
-Texts of 100 words begin with "I love this" or "I hate this"; what follows are words that say
-nothing. Every way to truncate is trained on them, and tested on texts of 100, 200 and 500 words.
+Texts of 100 words begin with "I love this" or "I hate this". The words after that say nothing about
+the sentiment. Every way to truncate is trained on these texts, and tested on texts of 100, 200 and
+500 words.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from experiments import runner, settings
 from experiments.settings import Setting
 
 flags.DEFINE_integer("documents", 4_000, "Texts to train on.", 64)
-flags.DEFINE_integer("epochs", 6, "Passes over them.", 1)
+flags.DEFINE_integer("epochs", 6, "Passes over the training texts.", 1)
 flags.DEFINE_integer("test_documents", 1_000, "Texts of each length to test on.", 2)
 flags.adopt_module_key_flags(settings)
 flags.adopt_module_key_flags(runner)
@@ -48,13 +49,13 @@ def write_texts(
     """Writes texts as word ids.
 
     Args:
-        documents: int, how many; half of them positive.
-        steps: int, words of each.
+        documents: int. How many texts. Half of them are positive.
+        steps: int. Words of each text.
         seed: int.
-        data: `"mixed"` makes half of them short: 5 to 30 words, less than a window.
+        data: With `"mixed"`, half of the texts are short: 5 to 30 words, so at most a window.
 
     Returns:
-        Ids (int32 arrays `[T]`) and labels (int32 `[documents]`, 1 is "I love this").
+        Ids (int32 arrays `[T]`) and labels (int32 `[documents]`). Label 1 is "I love this".
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(documents, dtype="int32") % 2)
@@ -76,14 +77,15 @@ def train_and_test(
 
     Args:
         setting: The row.
-        seeds: Seeds.
-        documents: Texts to train on.
-        test_documents: Texts of each length to test on.
-        epochs: Passes.
+        seeds: The seeds.
+        documents: How many texts to train on.
+        test_documents: How many texts of each length to test on.
+        epochs: Passes over the training texts.
 
     Returns:
-        Lists with a figure for each seed: `seconds`, `trained` (accuracy on new texts of the kind
-        that it learnt from), and accuracy on each of `TEST_STEPS`, under the number as a string.
+        Lists with a figure for each seed. `seconds` is the time of training. `trained` is the
+        accuracy on new texts of the same kind as the training texts. The names of the others are
+        the lengths in `TEST_STEPS`: they are accuracies on texts of that length.
     """
     tests = {"trained": write_texts(test_documents, STEPS, 10**6, setting.data)}
     tests |= {str(steps): write_texts(test_documents, steps, 10**6 + steps) for steps in TEST_STEPS}
@@ -105,7 +107,7 @@ def train_and_test(
 
 
 def main() -> None:
-    """Trains all rows, and shows them."""
+    """Trains all rows, and shows the results."""
     directory = runner.RunDirectory("first_words", f"{FLAGS.seeds}seeds", free=["jobs"])
     rows = []
     arguments = FLAGS.documents, FLAGS.test_documents, FLAGS.epochs
@@ -139,7 +141,7 @@ def main() -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Any) -> None:
-    """Draws accuracy by row and length of text, with every seed as a dot."""
+    """Draws accuracy by row and length of text. Each dot is a seed."""
     with runner.figure(path) as axes:
         for index, row in enumerate(rows):
             for bar, steps in enumerate(TEST_STEPS):

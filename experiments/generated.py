@@ -1,11 +1,11 @@
-"""Reviews that a small grammar writes: sentiment in a few words, among neutral prose."""
+"""Reviews that a small grammar writes: one sentence of sentiment among neutral sentences."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# Lengths of IMDB's training reviews, in words: median 174, mean 234, longest 2,470. A lognormal
-# with that median and mean has sigma = sqrt(2 ln(234 / 174)).
+# The training reviews of IMDB have a median of 174 words and a mean of 234. The longest has 2,470.
+# A lognormal distribution with that median and mean has sigma = sqrt(2 ln(234 / 174)).
 MEDIAN_WORDS, SIGMA, MIN_WORDS, MAX_WORDS = 174, 0.77, 10, 2_470
 
 _SUBJECTS = (
@@ -31,17 +31,18 @@ _FEELINGS = {0: "hate", 1: "love"}
 
 
 def write_reviews(documents: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Writes reviews with IMDB's distribution of lengths, half of them positive.
+    """Writes reviews that are about as long as those of IMDB. Half of them are positive.
 
-    One sentence tells the sentiment, "I love this ..." or "I hate this ...". In half of the
-    reviews it is the first, in the others it stands anywhere.
+    One sentence has the sentiment: "I love this ..." or "I hate this ...". In half of the reviews
+    it is the first sentence. In the others it is anywhere.
 
     Args:
-        documents: int, how many reviews.
-        seed: int; the same seed writes the same reviews.
+        documents: int. How many reviews.
+        seed: int. The same seed writes the same reviews.
 
     Returns:
-        Texts (object array of str `[documents]`) and labels (int32 `[documents]`, 1 is positive).
+        Texts (an object array of str, `[documents]`) and labels (int32 `[documents]`). Label 1 is
+        positive.
     """
     rng = np.random.default_rng(seed)
     lengths = np.exp(rng.normal(np.log(MEDIAN_WORDS), SIGMA, documents))

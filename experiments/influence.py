@@ -1,10 +1,11 @@
-"""What truncation does to a gradient whose early part outweighs its late part.
+"""What truncation does to a gradient when influence from far back outweighs recent influence.
 
     python -m experiments.influence
 
-The influence-balancing task of Tallec and Ollivier 2017, "Unbiasing truncated backpropagation
-through time", section 5. A parameter moves ten units of a linear recurrence up and thirteen down,
-and what reaches the first unit soonest has the wrong sign. The right answer is -1/6.
+This is the influence-balancing task of Tallec and Ollivier 2017, "Unbiasing truncated
+backpropagation through time", section 5. In a linear recurrence, a parameter moves ten units up and
+thirteen units down. The units that influence the first unit soonest move it in the wrong direction,
+so a short window gives a gradient with the wrong sign. The optimum is -1/6.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from experiments import runner
 from keras_tbptt.state import explicit_state, initial_states
 
 flags.DEFINE_list("windows", ["1", "10", "20", "30", "40", "50", "100"], "Windows (K).")
-flags.DEFINE_integer("updates", 3_000, "Optimizer steps for each.", 1)
-flags.DEFINE_float("learning_rate", 1e-4, "SGD's.", 0)
-flags.DEFINE_integer("draws", 2_000, "Draws of ARTBP's gradient.", 2)
+flags.DEFINE_integer("updates", 3_000, "Optimizer steps for each window.", 1)
+flags.DEFINE_float("learning_rate", 1e-4, "Learning rate of SGD.", 0)
+flags.DEFINE_integer("draws", 2_000, "How often the gradient of ARTBP is drawn.", 2)
 flags.adopt_module_key_flags(runner)
 FLAGS = flags.FLAGS
 
 UNITS, UP = 23, 10
 OPTIMUM = -1 / 6
-# A mean reach of 40 steps, at which a fixed window still goes the wrong way.
+# The mean reach is 40 steps. A fixed window of 40 steps still moves the parameter the wrong way.
 ARTBP_WINDOW, CUT_PROBABILITY = 10, 0.25
 _EVERY = 20  # updates between two points of a path
 
@@ -42,14 +43,14 @@ class BalancingCell(keras.layers.Layer):
     output_size = 1
 
     def build(self, shape: tuple) -> None:
-        """Makes theta, and the constants."""
+        """Creates theta and the constants."""
         self.theta = self.add_weight(shape=(), initializer="zeros", name="theta")
         matrix = 0.5 * np.eye(UNITS) + 0.5 * np.eye(UNITS, k=1)
         self.transposed = tf.constant(matrix.T, "float32")
         self.signs = tf.constant(np.where(np.arange(UNITS) < UP, 1.0, -1.0), "float32")
 
     def call(self, inputs: tf.Tensor, states: list[tf.Tensor]) -> tuple:
-        """One step; what the inputs hold does not matter."""
+        """Runs one step. The values of the inputs do not matter."""
         state = tf.matmul(states[0], self.transposed) + self.theta * self.signs
         return state[:, :1], [state]
 
@@ -58,7 +59,7 @@ def build_model(window: int, **kwargs: Any) -> keras_tbptt.TBPTTModel:
     """The recurrence as a model of one lane.
 
     Args:
-        window: int, steps in a window (K).
+        window: int. Steps in a window (K).
         **kwargs: Arguments of `TBPTTModel`.
     """
     steps = keras.Input(batch_shape=(1, window, 1))
@@ -67,12 +68,12 @@ def build_model(window: int, **kwargs: Any) -> keras_tbptt.TBPTTModel:
 
 
 def read_documents(steps: int, window: int, documents: int = 1) -> keras_tbptt.DocumentWindows:
-    """Documents of so many steps, in each of which the first unit shall become 1.
+    """Documents of `steps` steps. The target is that the first unit becomes 1.
 
     Args:
-        steps: int, steps of each.
-        window: int.
-        documents: int.
+        steps: int. Steps of each document.
+        window: int. Steps in a window (K).
+        documents: int. How many documents. Defaults to 1.
     """
     return keras_tbptt.DocumentWindows(
         np.zeros((steps * documents, 1), "float32"),
@@ -84,23 +85,23 @@ def read_documents(steps: int, window: int, documents: int = 1) -> keras_tbptt.D
 
 
 def sensitivity(window: int) -> float:
-    """d s0 / d theta over the last `window` steps, the state before them held fast.
+    """d s0 / d theta over the last `window` steps, if the state before them is constant.
 
     Args:
-        window: int (K).
+        window: int. Steps in a window (K).
     """
     model = build_model(window)
     with tf.GradientTape() as tape:
-        states = initial_states(model)  # the recurrence is linear: any state gives the same
+        states = initial_states(model)  # any states would do, because the recurrence is linear
         first_unit, _ = explicit_state(model)(tf.zeros([1, window, 1]), states)
     return float(tape.gradient(first_unit, model.trainable_variables[0].value))
 
 
 class Draws(keras.optimizers.Optimizer):
-    """Changes no weight; sums the gradients that it is given, and their squares."""
+    """An optimizer that changes no weight. It sums the gradients and their squares."""
 
     def build(self, variables: list[keras.Variable]) -> None:
-        """Makes the sums."""
+        """Creates the sums."""
         if not self.built:
             super().build(variables)
             self.total, self.squares = (
@@ -109,7 +110,7 @@ class Draws(keras.optimizers.Optimizer):
             )
 
     def update_step(self, gradient: Any, variable: keras.Variable, learning_rate: Any) -> None:
-        """Adds a gradient."""
+        """Adds a gradient to the sums."""
         self.assign_add(self.total, gradient)
         self.assign_add(self.squares, gradient**2)
 
@@ -117,12 +118,12 @@ class Draws(keras.optimizers.Optimizer):
 def draw_artbp(
     draws: int, seed: int, cut_probability: float = CUT_PROBABILITY
 ) -> tuple[float, float]:
-    """ARTBP's gradient of the first unit at the end of a document, drawn many times.
+    """Draws ARTBP's gradient of the first unit at the end of a document many times.
 
     Args:
-        draws: int, how many documents are read.
-        seed: int, of the cuts.
-        cut_probability: float.
+        draws: int. How many draws, each with a document of its own.
+        seed: int. The seed of the cuts.
+        cut_probability: float. The probability of a cut after a window.
 
     Returns:
         The mean of the draws and its standard error.
@@ -136,7 +137,7 @@ def draw_artbp(
     )
     optimizer = Draws(1.0)
     model.compile(optimizer, lambda y, first_unit: first_unit, steps_per_execution=1_000)
-    # 150 steps: further back than that, nothing reaches the first unit.
+    # Steps that are more than 150 back do not influence the first unit.
     model.fit(read_documents(150, ARTBP_WINDOW, draws), verbose=0)
     mean = float(optimizer.total) / draws
     variance = float(optimizer.squares) / draws - mean**2
@@ -144,7 +145,7 @@ def draw_artbp(
 
 
 class _Path(keras.callbacks.Callback):
-    """Writes theta down as it goes."""
+    """Records theta during training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,16 +158,16 @@ class _Path(keras.callbacks.Callback):
 
 
 def follow(model: keras_tbptt.TBPTTModel, windows: int) -> dict[str, list]:
-    """Trains theta on one endless document.
+    """Trains theta on one long document.
 
     Args:
-        model: From `build_model`.
-        windows: int, how many windows it reads.
+        model: A model from `build_model`.
+        windows: int. How many windows the document has.
 
     Returns:
-        `updates` and `theta`, from time to time.
+        `updates` and `theta`: how many updates were made, and the value of theta then.
     """
-    # Half the squared error, so that its gradient is (s0 - 1) times the sensitivity.
+    # The loss is half the squared error, so its gradient is (s0 - 1) times the sensitivity.
     model.compile(
         keras.optimizers.SGD(FLAGS.learning_rate),
         "mse",
@@ -180,7 +181,7 @@ def follow(model: keras_tbptt.TBPTTModel, windows: int) -> dict[str, list]:
 
 
 def main() -> None:
-    """Computes the sensitivities, follows the parameter, and shows both."""
+    """Computes the sensitivities, trains the parameter, and shows both."""
     directory = runner.RunDirectory("influence", f"{FLAGS.updates}updates")
     exact = 2.0 * (UP - (UNITS - UP))
     results = {

@@ -2,9 +2,10 @@
 
     python -m experiments.presence
 
-Sequences of 20 zeros with, in half of them, a single 1; the answer is whether there is one. In one
-training set no 1 is ever in the last ten steps, in the other it is anywhere. Every way to truncate
-learns from both; the figure shows what it then finds, by the position of the 1.
+A sequence has 20 steps. All of them are 0, except that half of the sequences have a single 1. The
+label says whether there is a 1. In one training set the 1 is always in the first ten steps. In the
+other it is anywhere. Every way to truncate learns from both training sets. The figure shows, for
+each position of the 1, whether the trained model finds it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from experiments import runner, settings
 from experiments.settings import Setting
 
 flags.DEFINE_integer("documents", 2_000, "Sequences to train on.", 32)
-flags.DEFINE_integer("epochs", 10, "Passes over them.", 1)
+flags.DEFINE_integer("epochs", 10, "Passes over the training sequences.", 1)
 flags.adopt_module_key_flags(settings)
 flags.adopt_module_key_flags(runner)
 FLAGS = flags.FLAGS
@@ -43,15 +44,15 @@ SETTINGS = tuple(dataclasses.replace(way, data=data) for data in PLACES for way 
 
 
 def write_sequences(documents: int, places: int, seed: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Writes sequences of which every second has a 1.
+    """Writes sequences. Half of them have a 1.
 
     Args:
-        documents: int, how many.
-        places: int, how many of the first steps the 1 may be in.
+        documents: int. How many sequences.
+        places: int. The 1 is in one of this number of first steps.
         seed: int.
 
     Returns:
-        `documents` arrays of features (float32 `[20, 1]`) and labels (int32 `[documents]`).
+        The sequences (float32 arrays `[20, 1]`) and labels (int32 `[documents]`).
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(documents, dtype="int32") % 2)
@@ -67,13 +68,14 @@ def train_and_test(
 
     Args:
         setting: The row.
-        seeds: Seeds.
-        documents: Sequences to train on.
-        epochs: Passes.
+        seeds: The seeds.
+        documents: How many sequences to train on.
+        epochs: Passes over the training sequences.
 
     Returns:
-        For each seed: `seconds`, `found` (the probability of a 1, for each position of the 1) and
-        `false_alarm` (the same for sequences without a 1).
+        Lists with a figure for each seed. `seconds` is the time of training. `found` holds the
+        predicted probability of a 1, for each position of the 1. `false_alarm` is the probability
+        that is predicted for a sequence without a 1.
     """
     tests = np.concatenate([np.eye(STEPS), np.zeros((1, STEPS))])[..., None].astype("float32")
     figures: dict[str, list] = {"seconds": [], "found": [], "false_alarm": []}
@@ -103,7 +105,7 @@ def accuracy_by_position(row: dict[str, Any]) -> np.ndarray:
 
 
 def main() -> None:
-    """Trains all rows on both training sets, and shows them."""
+    """Trains all rows on both training sets, and shows the results."""
     directory = runner.RunDirectory("presence", f"{FLAGS.seeds}seeds", free=["jobs"])
     rows = []
     arguments = FLAGS.documents, FLAGS.epochs
@@ -143,7 +145,7 @@ def main() -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Any) -> None:
-    """Draws the share of right answers by position of the 1, a panel for each training set."""
+    """Draws the share of correct answers by position of the 1, with a panel per training set."""
     with runner.figure(path, columns=len(PLACES)) as panels:
         for axes, data in zip(panels, PLACES, strict=True):
             chosen = [row for row in rows if row["trained_on"] == data]

@@ -1,4 +1,4 @@
-"""What every experiment shares: its run directory, its records, its pictures and tables."""
+"""What all experiments share: run directories, records, figures and tables."""
 
 from __future__ import annotations
 
@@ -23,26 +23,31 @@ import keras
 import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
-from rich.console import Console
-from rich.table import Table
 
 import experiments
 import keras_tbptt
+from keras_tbptt._files import write_whole
 from keras_tbptt.callbacks import BackupError
 
 try:
     import matplotlib
-except ImportError as missing:  # now, and not after the training
-    sys.exit(f"The experiments draw: pip install 'keras-tbptt[plots]'. Received: {missing}")
+    from rich import progress
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as missing:  # before the training, not after it
+    sys.exit(
+        "The experiments need packages for figures and tables: run `pip install '.[plots]'` in the "
+        f"clone. Received: {missing}"
+    )
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 flags.DEFINE_string(
-    "run_dir", None, "Where the run leaves everything, exactly as given; a stamped folder under "
-    "runs/ if not given."
+    "run_dir", None, "Directory for everything that the run writes. If not given, a new directory "
+    "under runs/."
 )  # fmt: skip
 flags.DEFINE_integer(
-    "seed", 0, "Seed of weights, dropout, the order of documents and the validation part.",
+    "seed", 0, "Seed of weights, dropout, the order of documents and the validation split.",
     lower_bound=0,
 )  # fmt: skip
 
@@ -51,50 +56,52 @@ flags.DEFINE_boolean(
     "experiment with the same flags. If there is none, a new run starts."
 )  # fmt: skip
 
-flags.DEFINE_float("backup_seconds", 60.0, "Seconds between two backups of training.", 0)
+flags.DEFINE_float("backup_seconds", 60.0, "Seconds between two checkpoints of training.", 0)
 
 _PACKAGES = ("keras_tbptt", "keras", "tensorflow", "tensorflow-datasets", "numpy")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs an experiment's `main`, with errors that a person can act on as one sentence.
+    """Runs an experiment's `main`. An error that a person can fix is printed without a traceback.
 
-    A run that a signal ends says how to go on with it, and exits with the conventional status.
+    A run that is ended by a signal prints the command that resumes it, and exits with the usual
+    status.
 
     Args:
-        main: Called without arguments once the flags are parsed.
+        main: A function without arguments. It is called after the flags are parsed.
     """
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
-            raise app.UsageError(f"There are flags only. Received: {' '.join(argv[1:])}")
+            raise app.UsageError(f"Only flags are allowed. Received: {' '.join(argv[1:])}")
         logging.set_verbosity(logging.WARNING)
         use_cores()
-        # By default it would end the process without a word, and leave its children running.
+        # By default, SIGTERM ends the process without a message, and its children run on.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             main()
         except (RunError, BackupError, FloatingPointError) as error:
             sys.exit(f"{error}")
         except KeyboardInterrupt:
-            _say_how_to_go_on()
+            _print_resume_command()
             sys.exit(128 + signal.SIGINT)
         except SystemExit as end:
             if end.code == 128 + signal.SIGTERM:
-                _say_how_to_go_on()
+                _print_resume_command()
             raise
 
     app.run(guarded)
 
 
 def use_cores() -> None:
-    """Chooses TensorFlow's threads; before its first operation.
+    """Sets the numbers of TensorFlow's threads. Call it before the first operation.
 
-    The products of a recurrent layer's step are so small that two threads on one are slower than
-    one (26 ms a training step against 17, at 256 units and 64 lanes on two cores). What does scale
-    is groups of lanes side by side, which `keras_tbptt.layers.LSTM` makes of a batch: 8 lanes or
-    more each, so that the usual 64 lanes keep eight threads busy, and only beyond are cores left
-    for the threads of an operation. TensorFlow's environment variables go before.
+    The matrix products of a recurrent step are small: two threads for one product are slower than
+    one thread (26 ms for a training step instead of 17 ms, with 256 units and 64 lanes on two
+    cores). Groups of lanes do run well in parallel. `keras_tbptt.layers.LSTM` splits a batch into
+    groups of at least 8 lanes, so the usual 64 lanes keep eight threads busy. Therefore an
+    operation gets more than one thread only with 16 cores or more. TensorFlow's environment
+    variables take precedence.
     """
     cores = os.cpu_count() or 1
     between = int(os.environ.get("TF_NUM_INTEROP_THREADS", cores))
@@ -103,32 +110,32 @@ def use_cores() -> None:
     tf.config.threading.set_intra_op_parallelism_threads(within)
 
 
-def _say_how_to_go_on() -> None:
+def _print_resume_command() -> None:
     if RunDirectory.current is not None and RunDirectory.current.command:
         print(f"\nInterrupted. To resume: {RunDirectory.current.command}", file=sys.stderr)
 
 
 class RunError(Exception):
-    """An error that a person can fix: the message is one sentence with the remedy."""
+    """An error that a person can fix. The message says how."""
 
 
 class RunDirectory:
-    """The folder that a run leaves behind.
+    """The directory of a run.
 
     Args:
-        experiment: Name of the experiment.
-        key: What distinguishes this run from others in a listing, such as `"window30"`.
-        free: Flags that may differ from those of the run that is resumed.
-        resumable: Whether such a run can be resumed at all.
+        experiment: str. The name of the experiment.
+        key: str. A part of the name of a new directory, such as `"window30"`.
+        free: Names of flags that may change when a run is resumed.
+        resumable: bool. Whether runs of this experiment can be resumed. Defaults to True.
 
     Attributes:
-        path: The folder.
-        results: What `results.json` of the resumed run holds so far; empty for a new run.
-        command: Resumes this run; None if that is not possible.
+        path: The directory.
+        results: The content of `results.json` of the resumed run. Empty for a new run.
+        command: The command that resumes this run, or None if it cannot be resumed.
 
     Raises:
-        RunError: If the folder cannot be written, holds a run already and `--resume` is not given,
-            or holds a run with other flags.
+        RunError: If the directory cannot be written, holds a run and `--resume` is not given, or
+            holds a run with other flags.
     """
 
     current: RunDirectory | None = None
@@ -138,24 +145,22 @@ class RunDirectory:
         self.results: dict[str, Any] = {}
         given, resume = flags.FLAGS.run_dir, flags.FLAGS.resume
         module = ".".join(pathlib.Path(sys.argv[0]).with_suffix("").parts[-2:])
-        # Not the directory itself: --flagfile begins a new run, in a new directory.
+        # Without --run_dir, because --flagfile is also for a new run in another directory.
         own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
         own = {f.name: f.serialize() for f in own if f.name not in ("run_dir", "resume")}
         text = "\n".join(sorted(line for line in own.values() if line)) + "\n"
         there = pathlib.Path(given) if given else None
         if resume and not resumable:
-            raise RunError(
-                f"A run of {module} cannot be resumed: leave out --resume. Received: --resume"
-            )
+            raise RunError(f"{module} cannot resume a run: leave out --resume. Received: --resume")
         if resume and not given:
             runs = pathlib.Path("runs", experiment).glob("*/flags.txt")
             same = [p.parent for p in runs if p.read_text(encoding="utf-8") == text]
             there = max(same, default=None)
         if there is not None and (there / "flags.txt").exists():
             if not resume:
-                remedy = "resume it with --resume, or name" if resumable else "name"
+                remedy = "resume it with --resume, or give" if resumable else "give"
                 raise RunError(
-                    f"The run directory holds a run already: {remedy} another with --run_dir. "
+                    f"The run directory holds a run already: {remedy} another one with --run_dir. "
                     f"Received: --run_dir={there}"
                 )
             self._check_flags(there, text, free)
@@ -168,7 +173,7 @@ class RunDirectory:
         self.path = there or pathlib.Path(f"runs/{experiment}/{stamp}-{key}")
         check_writable(self.path, "--run_dir")
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "flags.txt", text)
+        write_whole(self.path / "flags.txt", text.encode())
         places = f"--flagfile={self.path / 'flags.txt'}", f"--run_dir={self.path}"
         command = shlex.join(["python", "-m", module, *places, "--resume"])
         self.command = command if resumable else None
@@ -182,20 +187,20 @@ class RunDirectory:
         if old != new:
             raise RunError(
                 "The run to resume has other flags: give the same flags, with "
-                f"--flagfile={there / 'flags.txt'}, or name another --run_dir. Received: "
-                f"{' '.join(sorted(new - old)) or 'none'} where the run has "
+                f"--flagfile={there / 'flags.txt'}, or give another --run_dir. Received: "
+                f"{' '.join(sorted(new - old)) or 'none'}; the run has "
                 f"{' '.join(sorted(old - new)) or 'none'}"
             )
 
     def __truediv__(self, name: str) -> pathlib.Path:
-        """The path of a file in the folder."""
+        """The path of a file in the directory."""
         return self.path / name
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """Writes `results.json`, with the experiment, seconds, memory and versions added.
+        """Writes `results.json`, and adds the experiment, seconds, memory and versions.
 
         Args:
-            results: JSON-serialisable figures.
+            results: Figures that JSON can hold.
         """
         results = {
             "experiment": self.experiment,
@@ -204,21 +209,21 @@ class RunDirectory:
             "peak_rss_mb": peak_rss_mb(),
             "versions": versions(),
         }
-        write_atomically(self / "results.json", json.dumps(results, indent=2) + "\n")
+        write_whole(self / "results.json", (json.dumps(results, indent=2) + "\n").encode())
 
 
 class Epochs(keras.callbacks.Callback):
-    """Records each epoch for `results.json` and `log.csv`, and times the training alone.
+    """Records each epoch for `results.json` and `log.csv`, with the time of training alone.
 
     Args:
-        steps_per_epoch: int, real steps (tokens) of the training windows of an epoch.
+        steps_per_epoch: int. Real steps (tokens) in an epoch of training windows.
         log: The CSV file.
 
     Attributes:
-        records: A dict per epoch: `epoch` (from 1), `train_loss`, `valid_loss` and so on for each
-            metric, `train_seconds` (spent in training steps and their input, without validation),
-            `tokens_per_second` (real steps a second).
-        seconds: Of the epoch that runs.
+        records: A dict per epoch, with `epoch` (from 1), `train_loss`, `valid_loss` and the same
+            for each metric, `train_seconds` (training steps and their input, without validation)
+            and `tokens_per_second` (real steps).
+        seconds: float. Training seconds of the current epoch.
     """
 
     def __init__(self, steps_per_epoch: int, log: pathlib.Path):
@@ -229,16 +234,16 @@ class Epochs(keras.callbacks.Callback):
         self.seconds = 0.0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Starts the clock."""
+        """Starts the time of the epoch."""
         self._now, self.seconds = time.perf_counter(), 0.0
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Reads the clock."""
+        """Adds the time since the last call."""
         before, self._now = self._now, time.perf_counter()
         self.seconds += self._now - before
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Adds the epoch's record."""
+        """Adds the record of the epoch, and writes the CSV file."""
         names = sorted((name for name in logs if f"val_{name}" in logs), key=lambda n: n != "loss")
         self.records.append(
             {
@@ -253,20 +258,22 @@ class Epochs(keras.callbacks.Callback):
         writer = csv.DictWriter(lines, self.records[0])
         writer.writeheader()
         writer.writerows(self.records)
-        write_atomically(self.log, lines.getvalue())
+        write_whole(self.log, lines.getvalue().encode())
 
 
 class BestWeights(keras.callbacks.Callback):
-    """Ends training with the weights of the epoch that validation prefers; of equals, the last.
+    """Restores the weights of the best epoch when training ends.
 
-    In memory and in the backup: the HDF5 file of `ModelCheckpoint` is overwritten in place, and a
-    full disk ends the process there; `EarlyStopping` takes the first of equals.
+    Of equal epochs it takes the last one. `EarlyStopping` would take the first one. The weights are
+    in memory and in the checkpoints of `ExactBackup`. `ModelCheckpoint` would overwrite an HDF5
+    file in place, and a full disk would end the process there.
 
     Args:
-        monitor: str, what decides: `"val_accuracy"`, the higher the better, or `"val_loss"`.
+        monitor: str. `"val_accuracy"`, the higher the better, or `"val_loss"`, the lower the
+            better. Defaults to `"val_accuracy"`.
 
     Attributes:
-        best: Its best value.
+        best: float. The best value of `monitor`.
         weights: The weights of that epoch.
     """
 
@@ -277,13 +284,13 @@ class BestWeights(keras.callbacks.Callback):
         self.weights: list[np.ndarray] = []
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Keeps the weights, if they are better or as good."""
+        """Keeps the weights if the epoch is at least as good as the best one before."""
         value = logs[self.monitor]
         if value <= self.best if self.monitor == "val_loss" else value >= self.best:
             self.best, self.weights = value, self.model.get_weights()
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Gives them back."""
+        """Restores the best weights."""
         if self.weights:
             self.model.set_weights(self.weights)
 
@@ -294,17 +301,17 @@ def keras_callbacks(
     epochs: Epochs,
     monitor: str = "val_accuracy",
 ) -> list[keras.callbacks.Callback]:
-    """The callbacks of a run: records, the best weights, TensorBoard if installed, a backup.
+    """The callbacks of a run: records, the best weights, TensorBoard if installed, and a backup.
 
     Args:
-        directory: The run's folder.
-        windows: What is trained on.
+        directory: The run's directory.
+        windows: The training windows.
         epochs: The run's records.
-        monitor: What `BestWeights` monitors.
+        monitor: As in `BestWeights`. Defaults to `"val_accuracy"`.
 
     Returns:
-        The callbacks. Training ends with the weights of the best epoch, and `--resume` resumes from
-        `backup/`.
+        The callbacks. With them, training ends with the weights of the best epoch, and `--resume`
+        resumes from `backup/`.
     """
     callbacks = [epochs, BestWeights(monitor)]
     if importlib.util.find_spec("tensorboard"):
@@ -316,40 +323,28 @@ def keras_callbacks(
 
 
 def check_writable(path: pathlib.Path, flag: str) -> None:
-    """Makes sure that a directory can be made and written, and makes nothing.
+    """Checks that a directory can be created and written. It creates nothing.
 
     Args:
-        path: The directory, which need not be there.
-        flag: The flag that names it, for the error.
+        path: The directory. It need not exist.
+        flag: str. The flag that gives it, for the error.
 
     Raises:
-        RunError: If it cannot be made or written.
+        RunError: If the directory cannot be created or written.
     """
     there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise RunError(
-            f"The directory cannot be written: name another with {flag}. "
+            f"The directory cannot be written: give another one with {flag}. "
             f"Received: {flag}={path} ({there} is {'read-only' if there.is_dir() else 'a file'})"
         )
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file that is there whole or not at all.
-
-    Args:
-        path: The file.
-        text: What it shall hold.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def peak_rss_mb() -> int:
-    """The largest resident memory of this process so far, in MB (2**20 bytes)."""
+    """The peak of this process's resident memory, in MB (2**20 bytes)."""
     try:
         status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
-        # Not getrusage: on Linux a process begins with the peak of the one that started it.
+        # On Linux, the figure of getrusage starts at the peak of the parent process.
         return round(int(status.split("VmHWM:")[1].split()[0]) / 2**10)
     except (OSError, IndexError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -357,19 +352,29 @@ def peak_rss_mb() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of what the figures depend on."""
+    """The versions of Python and of the packages that the figures depend on."""
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
     }
 
 
+def progress_bar() -> progress.Progress:
+    """A progress bar: a name, how many are done, and the time that is left."""
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+    )
+
+
 def print_table(title: str, rows: Mapping[str, Any]) -> None:
-    """Prints a closing table of names and values.
+    """Prints a table of names and values.
 
     Args:
-        title: Its headline.
-        rows: Name to value.
+        title: The headline.
+        rows: Values by name.
     """
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in rows.items():
@@ -381,26 +386,26 @@ def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     """Prints a table of rows.
 
     Args:
-        title: Its headline.
-        columns: Headings.
-        rows: A value per column each.
+        title: The headline.
+        columns: The headings.
+        rows: Each row has a value per column.
     """
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*map(str, row))
-    # A file or a pipe has no width to fold at.
+    # A file or a pipe has no width, so lines need not be folded.
     console = Console()
     Console(width=None if console.is_terminal else 160).print(table)
 
 
 @contextlib.contextmanager
 def figure(path: pathlib.Path, columns: int = 1, shared: bool = False) -> Iterator[Any]:
-    """Yields the axes of a figure that is saved on leaving.
+    """Yields the axes of a figure, and saves the figure at the end of the context.
 
     Args:
         path: The PNG file.
-        columns: Axes side by side.
-        shared: bool. Whether the columns are one wide axes instead.
+        columns: int. How many axes, side by side. Defaults to 1.
+        shared: bool. Whether one wide axes takes the place of the columns. Defaults to False.
     """
     size = (5 * columns, 3.6)
     shape, axes = pyplot.subplots(1, 1 if shared else columns, figsize=size, layout="constrained")

@@ -1,4 +1,4 @@
-"""Ways to truncate, side by side: each setting trained in a process of its own."""
+"""Trains several settings, each in a separate process, to compare ways to truncate."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Any
 import keras
 import numpy as np
 from absl import flags
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import keras_tbptt
 from experiments import runner
 
-flags.DEFINE_integer("seeds", 5, "Seeds 0, 1, 2, ... that every row is trained with.", 1)
-flags.DEFINE_integer("jobs", 1, "Rows that are trained side by side; seconds count for one.", 1)
+flags.DEFINE_integer("seeds", 5, "How many seeds (0, 1, 2, ...) each row is trained with.", 1)
+flags.DEFINE_integer(
+    "jobs", 1, "How many rows train at once. Seconds are comparable with 1 only.", 1
+)
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,11 @@ class Setting:
     """One way to truncate.
 
     Attributes:
-        name: What the tables call it.
-        window: int, steps in a window (K).
-        window_loss: Where the loss is taken.
-        backprop_windows: The reach; None for the window loss's own.
-        data: Which of the experiment's training sets it learns from.
+        name: str. The name in tables.
+        window: int. Steps in a window (K).
+        window_loss: str. Where the loss is taken.
+        backprop_windows: The reach, or None for the default of the window loss.
+        data: str. The training set, if the experiment has several.
     """
 
     name: str
@@ -43,15 +44,16 @@ class Setting:
 def build_model(
     setting: Setting, steps: keras.KerasTensor, x: Any, units: int, forget_bias: float
 ) -> keras_tbptt.TBPTTModel:
-    """An LSTM and a sigmoid, as the setting asks.
+    """Builds an LSTM and a sigmoid for a setting.
 
     Args:
         setting: The way to truncate.
-        steps: The model's input.
-        x: What the LSTM reads.
-        units: int.
-        forget_bias: The forget gate's bias at the start: ln T lets a state last for about T steps
-            (Tallec and Ollivier 2018, "Can recurrent neural networks warp time?", section 2).
+        steps: The input of the model.
+        x: The input of the LSTM.
+        units: int. Units of the LSTM.
+        forget_bias: float. The bias of the forget gate at the start. With ln T, a state lasts for
+            about T steps (Tallec and Ollivier 2018, "Can recurrent neural networks warp time?",
+            section 2).
     """
     pooled = setting.window_loss == "pooled"
     lstm = keras_tbptt.layers.LSTM(units, stateful=True, return_sequences=pooled)
@@ -80,12 +82,12 @@ def train(
     """Trains a model on documents.
 
     Args:
-        build: Makes the model, once the seed is set.
-        documents: As `DocumentWindows` takes them.
-        labels: 0 or 1 for each.
-        epochs: int.
-        learning_rate: Adam's.
-        seed: Of weights and of the order of documents.
+        build: Builds the model. It is called after the seed is set.
+        documents: Documents, as in `DocumentWindows`.
+        labels: 0 or 1 for each document.
+        epochs: int. Passes over the documents.
+        learning_rate: float. The learning rate of Adam.
+        seed: int. The seed of weights and of the order of documents.
 
     Returns:
         The model and the seconds that training took.
@@ -117,25 +119,24 @@ def run_each(
     *arguments: Any,
     done: Sequence[dict[str, Any]] = (),
 ) -> Iterator[dict[str, Any]]:
-    """Runs `work(setting, seeds, *arguments)` for each setting, with a bar.
+    """Runs `work(setting, seeds, *arguments)` for each setting, with a progress bar.
 
-    A process of its own for each makes its peak memory its own.
+    Each setting has a separate process, because peak memory is counted per process.
 
     Args:
-        work: A function of a module, which returns figures.
-        settings: What to run.
+        work: A function at the top level of a module. It returns figures.
+        settings: The settings to run.
         *arguments: Further arguments of `work`, which can be pickled.
-        done: What an earlier run yielded, for the first settings.
+        done: The figures that an earlier run yielded for the first settings. Defaults to none.
 
     Yields:
-        For each setting in turn its figures, with `setting` and `peak_rss_mb` added.
+        The figures of each setting in order, with `setting` and `peak_rss_mb` added.
     """
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with (
         concurrent.futures.ProcessPoolExecutor(
             flags.FLAGS.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1
         ) as pool,
-        Progress(*columns, TimeRemainingColumn()) as bar,
+        runner.progress_bar() as bar,
     ):
         task = bar.add_task("rows", total=len(settings))
         seeds = range(flags.FLAGS.seeds)
@@ -155,10 +156,10 @@ def _alone(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, An
 
 
 def spread(values: Sequence[float]) -> str:
-    """The mean of a figure over seeds, and its range: `0.98 (0.95-1.00)`.
+    """The mean of a figure over seeds, and its range, such as `0.98 (0.95-1.00)`.
 
     Args:
-        values: One for each seed.
+        values: The figure of each seed.
     """
     low, high = min(values), max(values)
     bounds = f" ({low:.2f}-{high:.2f})" if high - low >= 0.005 else ""

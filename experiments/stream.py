@@ -1,10 +1,11 @@
-"""Reads text as it arrives, and shows how an exported model changes its mind.
+"""Runs an exported model on text as it arrives, and shows how its answer changes.
 
     python -m experiments.stream --model saved_models/imdb
 
-Text comes from a pipe, from the keyboard or from a file. The `stream` signature of the model reads
-it piece by piece, its state carried from one to the next, and after each there is a probability: a
-curve in a terminal, lines of words read and probability elsewhere.
+Text comes from a pipe, from the keyboard or from a file. The `stream` signature of the model runs
+on one piece after the other, and the state is carried from piece to piece. Each piece gives a
+probability. A terminal shows a curve. A file or a pipe gets a line per piece, with the number of
+words so far and the probability.
 """
 
 from __future__ import annotations
@@ -31,29 +32,29 @@ from keras_tbptt.client import Predict, Session
 
 flags.DEFINE_string(
     "model", "saved_models/imdb",
-    "The exported model: its directory, of which the newest version is read, or a version's.",
+    "The exported model: its directory, for the newest version, or the directory of a version.",
 )  # fmt: skip
-flags.DEFINE_string("file", None, "A file to read; standard input if not given.")
-flags.DEFINE_float("rate", None, "Words a second, at most; as fast as they come if not given.", 0.1)
+flags.DEFINE_string("file", None, "The file with the text. Standard input if not given.")
+flags.DEFINE_float("rate", None, "The most words per second. No limit if not given.", 0.1)
 flags.DEFINE_integer(
     "window", 1,
-    "Words that the model reads at a time: a point on the curve for each. What it comes to at the "
-    "end is the same; a larger one reads faster.", 1,
+    "Words in a piece. Each piece gives a point of the curve. Larger pieces run faster, and do not "
+    "change the answer at the end.", 1,
 )  # fmt: skip
 flags.declare_key_flag("run_dir")
 FLAGS = flags.FLAGS
 
-_INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
+_INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 
 
 class Point(NamedTuple):
-    """What the model thinks after a piece.
+    """The answer of the model after a piece.
 
     Attributes:
-        words: int, words read so far.
+        words: int. How many words the model has run on.
         probability: float.
-        seconds: float, since reading began.
-        text: The piece, readable.
+        seconds: float. Seconds since the start.
+        text: str. The piece, as a terminal may show it.
     """
 
     words: int
@@ -63,7 +64,7 @@ class Point(NamedTuple):
 
 
 def main() -> None:
-    """Reads to the end of the text, or to Ctrl-C, and leaves the run directory behind."""
+    """Runs until the text ends or until Ctrl-C, and writes the run directory."""
     predict = load(newest_version(pathlib.Path(FLAGS.model)))
     descriptor = open_text(FLAGS.file)
     name = pathlib.Path(FLAGS.file or "stdin").stem
@@ -77,32 +78,32 @@ def main() -> None:
                 show(point)
         except KeyboardInterrupt:
             status = _INTERRUPTED
-        except SystemExit as end:  # by SIGTERM
+        except SystemExit as end:  # SIGTERM
             status = end.code
-        except BrokenPipeError:  # `| head` has what it wants
+        except BrokenPipeError:  # the reader has ended, such as `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if points:
         conclude(points, bool(status), directory)
     elif not status:
         raise runner.RunError(
-            "There is no word to read: pipe a text in, or name one with --file. "
+            "There is no word to read: pipe a text in, or give one with --file. "
             f"Received: an empty text from {FLAGS.file or 'standard input'}"
         )
     sys.exit(status)
 
 
 def newest_version(path: pathlib.Path) -> pathlib.Path:
-    """The version directory to read.
+    """The version directory to load.
 
     Args:
-        path: The model's directory, or a version directory itself.
+        path: The directory of the model, or a version directory.
 
     Raises:
-        RunError: If there is none.
+        RunError: If there is no version.
     """
     if not path.is_dir():
         raise runner.RunError(
-            "There is no such model directory: name another with --model, or export one with "
+            "There is no such model directory: give another one with --model, or export one with "
             f"`python -m experiments.imdb`. Received: --model={path}"
         )
     if (path / "saved_model.pb").exists():
@@ -110,26 +111,26 @@ def newest_version(path: pathlib.Path) -> pathlib.Path:
     versions = [p.parent for p in path.glob("*/saved_model.pb") if p.parent.name.isdigit()]
     if not versions:
         raise runner.RunError(
-            "The model directory holds no version: name another with --model, or export one with "
+            "The model directory holds no version: give another with --model, or export one with "
             f"`python -m experiments.imdb`. Received: --model={path}"
         )
     return max(versions, key=lambda version: int(version.name))
 
 
 def load(version: pathlib.Path) -> Predict:
-    """An exported model as a function from inputs and the name of a signature to outputs.
+    """Loads an exported model, as a function of inputs and the name of a signature.
 
     Args:
-        version: Its version directory.
+        version: The version directory.
 
     Raises:
-        RunError: If it does not load, or has no `stream` from text to one probability.
+        RunError: If it does not load, or has no `stream` signature from text to one probability.
     """
     try:
         signatures = tf.saved_model.load(str(version)).signatures
     except (OSError, ValueError, tf.errors.OpError) as error:
         raise runner.RunError(
-            "The model does not load: export it again, or name another with --model. "
+            "The model does not load: export it again, or give another one with --model. "
             f"Received: {version} ({str(error).splitlines()[0]})"
         ) from error
     stream = signatures.get("stream")
@@ -139,7 +140,7 @@ def load(version: pathlib.Path) -> Predict:
         raise runner.RunError(
             "The model has no `stream` signature from text to one probability: export one that "
             "ends in a single sigmoid, with its vectorizer (and last_step=True if it returns every "
-            "step), or name another with --model. "
+            "step), or give another one with --model. "
             f"Received: {version} with the signatures {', '.join(sorted(signatures)) or 'none'}"
         )
 
@@ -154,10 +155,10 @@ def open_text(path: str | None) -> int:
     """The descriptor of a file, or of standard input.
 
     Args:
-        path: The file, or None.
+        path: The file, or None for standard input.
 
     Raises:
-        RunError: If it cannot be read.
+        RunError: If the file cannot be read.
     """
     if path is None:
         return 0
@@ -167,17 +168,17 @@ def open_text(path: str | None) -> int:
         return os.open(path, os.O_RDONLY)
     except OSError as error:
         raise runner.RunError(
-            "The file cannot be read: name another with --file, or pipe a text in. "
+            "The file cannot be read: give another one with --file, or pipe a text in. "
             f"Received: --file={path} ({error.strerror})"
         ) from error
 
 
 def read(predict: Predict, pieces: Iterable[list[bytes]]) -> Iterator[Point]:
-    """Reads pieces one after the other, and gives a point for each.
+    """Runs the model on one piece after the other, and yields a point for each.
 
     Args:
-        predict: From `load`.
-        pieces: Whole words.
+        predict: The function that `load` returns.
+        pieces: Lists of whole words.
     """
     session, words, began = Session(predict), 0, time.perf_counter()
     for piece in pieces:
@@ -189,10 +190,10 @@ def read(predict: Predict, pieces: Iterable[list[bytes]]) -> Iterator[Point]:
 
 @contextlib.contextmanager
 def shown(typed: bool) -> Iterator[Callable[[Point], None]]:
-    """Yields what shows a point: a curve in a terminal, a plain line elsewhere.
+    """Yields a function that shows a point: in a curve in a terminal, and else as a line.
 
     Args:
-        typed: bool, whether the text is typed.
+        typed: bool. Whether the text is typed.
     """
     if not sys.stdout.isatty():
         yield lambda point: print(f"{point.words} {point.probability:.4f}", flush=True)
@@ -209,12 +210,12 @@ def shown(typed: bool) -> Iterator[Callable[[Point], None]]:
 
 
 def turning_points(points: Sequence[Point], most: int = 6) -> list[Point]:
-    """The pieces that moved the probability most, with room between them.
+    """The pieces that changed the probability most, at some distance from each other.
 
     Args:
         points: All points.
-        most: int, how many there may be; they are at least half as far apart as if they were so
-            many, and evenly spread.
+        most: int. How many pieces, at most. The distance between two of them is at least half of
+            the distance that `most` evenly spread pieces would have. Defaults to 6.
     """
     changes = {
         here: abs(here.probability - before.probability)
@@ -231,12 +232,12 @@ def turning_points(points: Sequence[Point], most: int = 6) -> list[Point]:
 
 
 def conclude(points: Sequence[Point], interrupted: bool, directory: runner.RunDirectory) -> None:
-    """Writes the record, without the text, and the picture; says where they are.
+    """Writes the results, without the text, and the figure, and prints where they are.
 
     Args:
         points: All points.
-        interrupted: bool, whether Ctrl-C ended the text.
-        directory: The run's folder.
+        interrupted: bool. Whether a signal ended the text.
+        directory: The run's directory.
     """
     final = points[-1]
     directory.write_results(
@@ -251,7 +252,7 @@ def conclude(points: Sequence[Point], interrupted: bool, directory: runner.RunDi
         }
     )
     draw(points, directory / "stream.png")
-    if not sys.stdout.isatty():  # its lines are points, and nothing else
+    if not sys.stdout.isatty():  # standard output has points only
         print(f"run directory: {directory.path}", file=sys.stderr)
         return
     rows = {
@@ -263,14 +264,14 @@ def conclude(points: Sequence[Point], interrupted: bool, directory: runner.RunDi
 
 
 def draw(points: Sequence[Point], path: pathlib.Path) -> None:
-    """Draws probability against words read, with the words at which it turned.
+    """Draws the probability by words so far, with the words that changed it most.
 
     Args:
         points: All points.
         path: The PNG file.
     """
     with warnings.catch_warnings(), runner.figure(path) as axes:
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # fonts do not have every script
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # no font has every character
         axes.figure.set_size_inches(10, 4)
         axes.axhline(0.5, color="black", linestyle="--", linewidth=0.8)
         marker = "o" if len(points) == 1 else None
@@ -280,14 +281,14 @@ def draw(points: Sequence[Point], path: pathlib.Path) -> None:
             axes.annotate(
                 textwrap.shorten(point.text.strip(string.punctuation + " "), 30),
                 (point.words, (point.probability + before) / 2),
-                # Where the curve is not: right of and above a fall, below a rise.
+                # Beside the curve: above it if the probability falls, and below it if it rises.
                 xytext=(6, 2 if point.probability < before else -12),
                 textcoords="offset points",
                 bbox={"color": "white", "alpha": 0.7, "pad": 1},
                 parse_math=False,
             )
         axes.set(xlabel="words read", ylabel="probability", ylim=(-0.02, 1.02))
-        axes.set_xlim(0, 1.1 * points[-1].words)  # a label at the end needs room
+        axes.set_xlim(0, 1.1 * points[-1].words)  # room for a label at the end
         axes.set_title(f"{points[-1].probability:.4f} after {points[-1].words:,} words")
         axes.grid(alpha=0.3)
 

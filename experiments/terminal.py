@@ -1,4 +1,4 @@
-"""A line plot in braille dots that grows in a terminal."""
+"""A line plot of braille characters that grows in a terminal."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rich.text import Text
 _ROWS = 11  # odd, so that 0.5 has a row of its own
 _LABELS = {0: "1.0", _ROWS // 2: "0.5", _ROWS - 1: "0.0"}
 _MARGIN = len("1.0 ┤")
-_REMEMBERED = 1_000  # characters of the latest words: more than a line has
-# A cell of braille is four dots high and two wide; its character is U+2800 and a bit per dot.
+_REMEMBERED = 1_000  # characters of the latest words that are kept, more than a line shows
+# A braille character is four dots high and two dots wide. Its code is U+2800 plus a bit per dot.
 _BITS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 
 
@@ -24,10 +24,10 @@ def braille(xs: Sequence[float], ys: Sequence[float], rows: int, columns: int) -
     """A curve as lines of braille characters.
 
     Args:
-        xs: Ascending; the first is at the left edge, the last at the right.
-        ys: From 0, the bottom, to 1.
-        rows: int, lines.
-        columns: int, characters of a line.
+        xs: Ascending numbers. The first is at the left edge, and the last at the right edge.
+        ys: Numbers from 0, at the bottom, to 1, at the top.
+        rows: int. How many lines.
+        columns: int. Characters in a line.
     """
     across = np.interp(np.linspace(xs[0], xs[-1], 2 * columns), xs, ys)
     heights = np.rint((1 - across) * (4 * rows - 1)).astype(int)
@@ -40,10 +40,10 @@ def braille(xs: Sequence[float], ys: Sequence[float], rows: int, columns: int) -
 
 
 class Plot:
-    """Probability against words read, and the latest words, as wide as the terminal.
+    """A plot of probability by words so far, with the latest words below. It fills the width.
 
     Args:
-        caption: Shown until the first word.
+        caption: str. Text that is shown until the first word.
     """
 
     def __init__(self, caption: str):
@@ -55,9 +55,9 @@ class Plot:
         """Adds a point.
 
         Args:
-            words: int, words read so far.
-            probability: float, after them.
-            text: What was read last.
+            words: int. How many words the model has run on.
+            probability: float. The probability after these words.
+            text: str. The latest words.
         """
         before = self._latest if self._words else ""
         self._latest = f"{before} {text}"[-_REMEMBERED:]
@@ -77,19 +77,20 @@ class Plot:
             axis = f"{_LABELS[row]} ┤" if row in _LABELS else "    │"
             yield Text.assemble((axis, "dim"), (line, style))
         latest = self._latest
-        while cell_len(latest) > width:  # the end is what matters, and Rich cuts ends
+        while cell_len(latest) > width:  # Rich would cut off the end, and the end matters
             latest = latest[1:]
         yield Text(" " * _MARGIN + latest.lstrip(), "italic", no_wrap=True)
 
 
 @contextlib.contextmanager
 def live(plot: Plot, typed: bool) -> Iterator[Callable[[], None]]:
-    """Shows a plot, and yields a function that shows it anew.
+    """Shows a plot, and yields a function that draws it again.
 
     Args:
-        plot: What is shown; it stays in the terminal at the end.
-        typed: bool, whether a person types into the same terminal: the plot then has a screen of
-            its own, with the last line left for typing, since each typed line would displace it.
+        plot: The plot. It stays in the terminal at the end.
+        typed: bool. Whether a person types into the same terminal. The plot then uses the
+            alternate screen of the terminal and leaves the last line for typing. Otherwise each
+            typed line would move the plot.
     """
     console = Console()
     with Live(plot, console=console, screen=typed, auto_refresh=False) as display:

@@ -1,10 +1,10 @@
-"""What a window costs: test accuracy on IMDB by window, window loss and reach.
+"""Test accuracy on IMDB by window, window loss and reach.
 
     python -m experiments.window_study --run_dir runs/window_study/mine
 
-Each cell of the grid is one run of `experiments.imdb` in a process of its own. With --resume the
-same command goes on where it stopped, in the middle of a cell too, so a long grid can be run in
-pieces, and widened later.
+Each cell of the grid is one run of `experiments.imdb` in a separate process. With --resume the same
+command resumes where it stopped, also in the middle of a cell. So a long grid can be run in pieces,
+and cells can be added later.
 """
 
 from __future__ import annotations
@@ -20,35 +20,34 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import data, runner
 from keras_tbptt.losses import WINDOW_LOSSES
 
 flags.DEFINE_list(
     "windows", ["10", "30", "50", "100", "400", "full"],
-    "Windows (K), in words. `full` is the exact gradient of the whole review: reach `all`.",
+    "Windows (K), in words. `full` is the exact gradient of the whole review (reach `all`).",
 )  # fmt: skip
 flags.DEFINE_list("window_losses", list(WINDOW_LOSSES), "Where the loss is taken.")
 flags.DEFINE_list(
     "cells", ["30/final_only/all", "30/per_window/all"],
-    "Further cells beside windows x window losses, as window/window loss/reach.",
+    "More cells, in addition to windows x window losses, as window/window loss/reach.",
 )  # fmt: skip
-flags.DEFINE_list("seeds", ["0"], "Seeds; each cell is run once for each.")
-flags.DEFINE_integer("jobs", 1, "Cells run side by side, each on its share of the cores.", 1)
+flags.DEFINE_list("seeds", ["0"], "Seeds. Each cell is run once with each seed.")
+flags.DEFINE_integer("jobs", 1, "How many cells run at once, each with its share of the cores.", 1)
 flags.DEFINE_integer("epochs", 3, "Passes over the training reviews.", 1)
-flags.DEFINE_integer("limit", None, "Reviews of each split; all if not given.", 4)
-flags.DEFINE_enum("data", "imdb_reviews", data.DATASETS, "As in experiments.imdb.")
-flags.DEFINE_string("data_dir", None, "tensorflow-datasets' directory; its default if not given.")
+flags.DEFINE_integer("limit", None, "Reviews of each split. All if not given.", 4)
+flags.DEFINE_enum("data", "imdb_reviews", data.DATASETS, "The reviews, as in experiments.imdb.")
+flags.DEFINE_string("data_dir", None, "Directory of tensorflow-datasets; its default if not given.")
 flags.adopt_module_key_flags(runner)
 FLAGS = flags.FLAGS
 
-_FULL = 400  # the window in which an exact gradient is computed; it has no influence on it
+_FULL = 400  # the window that computes an exact gradient; any window gives the same gradient
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting of the grid. Reach None is the window loss's own."""
+    """One setting of the grid. With reach None, the window loss decides the reach."""
 
     window: str
     window_loss: str
@@ -57,13 +56,13 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """The name of the cell's folder."""
+        """The name of the cell's directory."""
         reach = "" if self.reach is None else f"-reach_{self.reach}"
         return f"window_{self.window}-{self.window_loss}{reach}-seed_{self.seed}"
 
     @property
     def arguments(self) -> list[str]:
-        """Flags of `experiments.imdb`."""
+        """The flags of `experiments.imdb` for this cell."""
         full = self.window == "full"
         reach = "all" if full else self.reach
         return [
@@ -75,13 +74,13 @@ class Cell:
 
 
 def cells() -> Iterator[Cell]:
-    """The grid that the flags say, without repetitions.
+    """Yields the cells that the flags ask for, each once.
 
     Raises:
-        runner.RunError: If a cell means nothing.
+        runner.RunError: If a cell is invalid.
     """
     grid = [(window, loss, None) for window in FLAGS.windows for loss in FLAGS.window_losses]
-    # In one window a review is read whole: its only window is its last, whatever the loss.
+    # `full` is one cell, and not one per window loss: its loss is taken at the end of a review.
     grid = [cell for cell in grid if cell[0] != "full"]
     if "full" in FLAGS.windows:
         grid.append(("full", "final_only", None))
@@ -89,14 +88,15 @@ def cells() -> Iterator[Cell]:
         parts = text.split("/")
         if len(parts) != 3:
             raise runner.RunError(
-                f"A cell is window/window loss/reach, such as 30/final_only/all. Received: {text}"
+                "A cell must be window/window loss/reach, such as 30/final_only/all. "
+                f"Received: {text}"
             )
         grid.append(tuple(parts))
     for window, loss, _ in grid:
         if loss not in WINDOW_LOSSES or not (window == "full" or window.isdigit()):
             raise runner.RunError(
-                f"A window is a number or `full`, a window loss one of {', '.join(WINDOW_LOSSES)}. "
-                f"Received: {window}, {loss}"
+                "A window must be a number or `full`, and a window loss must be one of "
+                f"{', '.join(WINDOW_LOSSES)}. Received: {window}, {loss}"
             )
     for seed in FLAGS.seeds:
         for cell in dict.fromkeys(grid):
@@ -106,15 +106,15 @@ def cells() -> Iterator[Cell]:
 def run_cell(
     cell: Cell, directory: runner.RunDirectory, running: list[subprocess.Popen]
 ) -> dict[str, Any]:
-    """Runs `experiments.imdb` for a cell, unless that was done before.
+    """Runs `experiments.imdb` for a cell, unless its results exist.
 
     Args:
-        cell: What to run.
-        directory: The study's folder.
-        running: Where its process is noted.
+        cell: The cell.
+        directory: The run directory of the study.
+        running: A list, to which the process is added.
 
     Returns:
-        The cell's figures.
+        The figures of the cell.
 
     Raises:
         runner.RunError: If the run fails.
@@ -160,16 +160,15 @@ def _cores() -> int:
 
 
 def main() -> None:
-    """Runs what is missing of the grid, and shows the whole."""
+    """Runs the cells that are missing, and shows the whole grid."""
     todo = list(cells())
     directory = runner.RunDirectory(
         "window_study", f"{len(todo)}cells", free=["windows", "window_losses", "cells", "jobs"]
     )
     rows = []
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with (
         concurrent.futures.ThreadPoolExecutor(FLAGS.jobs) as pool,
-        Progress(*columns, TimeRemainingColumn()) as bar,
+        runner.progress_bar() as bar,
     ):
         task = bar.add_task("cells", total=len(todo))
         running: list[subprocess.Popen] = []
@@ -184,7 +183,7 @@ def main() -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
-                process.terminate()  # each saves first, so that it can be resumed
+                process.terminate()  # each process saves its training before it ends
             raise
     draw(rows, directory / "window_study.png")
     print_closing_table(rows)
@@ -192,7 +191,7 @@ def main() -> None:
 
 
 def by_setting(rows: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
-    """Rows of the same window, window loss and reach, whatever the seed."""
+    """Groups rows with the same window, window loss and reach."""
     settings: dict[tuple, list] = {}
     for row in rows:
         key = (row["window"], row["window_loss"], row["backprop_windows"])
@@ -221,7 +220,7 @@ def print_closing_table(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Any) -> None:
-    """Draws accuracy and seconds by window, a line for each window loss."""
+    """Draws accuracy and seconds by window, with a line for each window loss."""
     settings = by_setting(rows)
     with runner.figure(path, columns=2) as (accuracy, seconds):
         for loss in WINDOW_LOSSES:

@@ -13,37 +13,37 @@ import numpy as np
 from keras_tbptt._gradient_walk import GradientWalk
 from keras_tbptt.data.windows import DocumentWindows
 
-# Documents that run side by side: their states at all steps are kept in memory.
+# How many documents run side by side. Memory holds their states at all steps.
 _ROWS = 64
 
 
 @dataclass(frozen=True)
 class GradientReach:
-    """How a gradient fades with distance, and what is lost where it is cut.
+    """How a gradient fades with distance, and what is lost when it is cut.
 
     Distances are in steps. The state at distance k is the state before the last k steps of the
-    document, so k steps lie between it and the loss. The state before the last step has distance 1;
-    the initial state of a document of T steps has distance T. A window of K steps carries the
-    gradient to the states at distances below K.
+    document, so k steps lie between it and the loss. The state before the last step has distance 1.
+    The initial state of a document of T steps has distance T. In a window of K steps, the gradient
+    flows to the states at distances below K.
 
     Attributes:
-        distances: int `[D]`: 1, 2, ... up to the longest document.
-        documents: int `[D]`: how many documents are at least that long; the norms are over these.
-        norms: float `[D]`: the norm of d loss / d state, all state tensors together, mean over
+        distances: int `[D]`. 1, 2, ... up to the longest document.
+        documents: int `[D]`. How many documents are at least that long. The norms are over these
             documents.
-        quartiles: float `[3, D]`: the same norm's 25th, 50th and 75th percentile.
-        truncated_norms: float `[D]`: the mean norm when the gradient is cut as the model cuts
-            it: a document of T steps ends in a window of `(T - 1) % window + 1` steps, and the
-            gradient goes through that one and the full windows before it, `backprop_windows` in
-            all. With reach `"all"` nothing is cut; nor is it on average with `"artbp"`.
-        windows: int `[W]`: the numbers K of last steps to which the gradient over the parameters
-            was cut.
-        relative_bias: float `[W]`: `|g_K - g| / |g|`, where g is the mean gradient over documents
-            and g_K that of their last K steps.
-        cosine: float `[W]`: the cosine between g_K and g.
-        gradient: g, a float array per trainable variable of the model.
-        window: int, steps in the model's own window.
-        backprop_windows: The model's own reach, in windows: int, `"all"` or `"artbp"`.
+        norms: float `[D]`. The norm of d loss / d state, over all state tensors together. The mean
+            over documents.
+        quartiles: float `[3, D]`. The 25th, 50th and 75th percentile of the same norm.
+        truncated_norms: float `[D]`. The mean norm when the gradient is cut as the model cuts it. A
+            document of T steps ends in a window of `(T - 1) % window + 1` steps. The gradient flows
+            through this window and the full windows before it, `backprop_windows` in all. Reach
+            `"all"` cuts nothing. Reach `"artbp"` cuts nothing on average.
+        windows: int `[W]`. Numbers K: the gradient of the parameters is cut to the last K steps.
+        relative_bias: float `[W]`. `|g_K - g| / |g|`, where g is the mean gradient over documents,
+            and g_K is the same gradient cut to their last K steps.
+        cosine: float `[W]`. The cosine between g_K and g.
+        gradient: g, a float array for each trainable variable of the model.
+        window: int. Steps in the model's own window.
+        backprop_windows: int, `"all"` or `"artbp"`. The model's own reach, in windows.
 
     Example:
 
@@ -67,15 +67,17 @@ class GradientReach:
 
     @property
     def decay_rate(self) -> float:
-        """The factor beta of the norm per step further back: below 1 if the gradient fades.
+        """The factor beta by which the norm changes per step back. It is below 1 if norms fade.
 
-        It is found by ordinary least squares on the logarithms of the norms (Aicher, Foti and Fox
-        2019, "Adaptively truncating backpropagation through time to control gradient bias",
-        section 4), over the second half of the distances that at least half of the documents have
-        and at which the norm has not vanished. NaN if fewer than two distances are left.
+        Ordinary least squares on the logarithms of the norms finds it (Aicher, Foti and Fox 2019,
+        "Adaptively truncating backpropagation through time to control gradient bias", section 4).
+        The fit uses the distances that at least half of the documents have and at which the norm
+        has not vanished, and of these the second half. The value is NaN if fewer than two distances
+        are left.
         """
         common = 2 * self.documents >= self.documents[0]
-        # Near float32's smallest number its components vanish one by one, which is no decay.
+        # Near the smallest number of float32, components of the gradient become 0 one by one.
+        # That is rounding, and not decay.
         float32 = np.finfo("float32")
         known = np.flatnonzero(common & (self.norms > float32.tiny / float32.eps))
         tail = known[len(known) // 2 :]
@@ -84,13 +86,13 @@ class GradientReach:
         return float(np.exp(np.polyfit(self.distances[tail], np.log(self.norms[tail]), 1)[0]))
 
     def recommended_window(self, tolerance: float = 0.1) -> int | None:
-        """The smallest window whose gradient is near enough to the exact one.
+        """The smallest window whose gradient is close enough to the exact gradient.
 
         Args:
-            tolerance: float >= 0. The relative bias that is allowed. Defaults to 0.1.
+            tolerance: float >= 0. The largest relative bias that is allowed. Defaults to 0.1.
 
         Returns:
-            The smallest of `windows` whose relative bias is at most that, or None.
+            The smallest of `windows` whose relative bias is at most `tolerance`, or None.
         """
         enough = self.windows[self.relative_bias <= tolerance]
         return int(enough.min()) if len(enough) else None
@@ -109,7 +111,7 @@ class GradientReach:
             ImportError: If matplotlib is not installed.
         """
         try:
-            from matplotlib.figure import Figure  # an extra: nothing else here needs it
+            from matplotlib.figure import Figure  # optional, because only figures need it
         except ImportError as error:
             raise ImportError(
                 f"The figure needs matplotlib: pip install 'keras-tbptt[plots]'. Received: {error}"
@@ -144,35 +146,36 @@ def gradient_reach(
     offsets: Any = None,
     per_step: bool = False,
 ) -> GradientReach:
-    """Measures how far back a model's gradient reaches, and the bias of cutting it.
+    """Measures how far back a model's gradient reaches, and the bias when it is cut.
 
-    The loss is the one that the model was compiled with, of whole documents, taken once, at the
-    last step, without dropout and without penalties. Documents run one step at a time, and the
+    The loss is the one that the model was compiled with. It is taken once per document, at the last
+    step, without dropout and without regularization. Documents run one step at a time, and the
     state before each step is kept. A walk from the last step to the first then gives the gradient
-    at every state and, on the way, the gradient over the parameters cut to the last K steps.
-    Relative bias and decay are those of Aicher, Foti and Fox 2019, "Adaptively truncating
+    at every state. On the way it gives the gradient of the parameters, cut to the last K steps.
+    Relative bias and decay are defined as in Aicher, Foti and Fox 2019, "Adaptively truncating
     backpropagation through time to control gradient bias", arXiv 1905.07473, sections 3 and 4.
 
-    The model is not changed: neither its state nor its random generators. The memory needed is that
-    of the states of 64 documents at all of their steps, and of one gradient per K.
+    The model does not change, neither its state nor its random generators. Memory holds the states
+    of 64 documents at all of their steps, and one gradient per K.
 
     Args:
         model: A compiled model with stateful layers and one input `[lanes, window, ...]`, such as
-            a `TBPTTModel`. Of outputs `[lanes, window, ...]` the last step counts.
+            a `TBPTTModel`. If its outputs have a time axis, `[lanes, window, ...]`, only the last
+            step counts.
         documents: `DocumentWindows` with labels, of any window and lanes, or documents in any
             form that `DocumentWindows` takes.
-        labels: As in `DocumentWindows`; None if `documents` holds them.
-        windows: ints >= 1, the K's to report; None for 1, 2, 3, 5, 10, 20, 30, 50, ... and the
-            longest document.
+        labels: As in `DocumentWindows`. None if `documents` holds them. Defaults to None.
+        windows: Optional ints >= 1. The values of K to report. Defaults to None: 1, 2, 3, 5, 10,
+            20, 30, 50, ... and the longest document.
         offsets: As in `DocumentWindows`.
-        per_step: As in `DocumentWindows`; then the target of the last step is what counts.
+        per_step: As in `DocumentWindows`. If True, only the target of the last step counts.
 
     Returns:
         A `GradientReach`.
 
     Raises:
-        ValueError: If the model has not been compiled with a loss, has no stateful layer or one
-            with `unroll=True`, there are no labels, or a K is no integer >= 1.
+        ValueError: If the model has not been compiled with a loss, has no stateful layer, or has a
+            layer with `unroll=True`; if there are no labels; or if a K is not an integer >= 1.
 
     Example:
 
@@ -184,7 +187,7 @@ def gradient_reach(
     """
     if getattr(model, "loss", None) is None:
         raise ValueError(
-            "The gradient is that of the model's loss: call model.compile(optimizer, loss) first. "
+            "The model needs a loss to take the gradient of: call model.compile(optimizer, loss). "
             f"Received: model {model.name!r} without a loss"
         )
     window = model.inputs[0].shape[1]
@@ -254,7 +257,7 @@ def _checked(windows: Iterable[int]) -> np.ndarray:
 
 
 def _compare(cut: np.ndarray, exact: np.ndarray) -> tuple[float, float]:
-    """Relative bias and cosine; NaN where there is no gradient to compare with."""
+    """Relative bias and cosine, or NaN if there is no gradient to compare with."""
     cut, exact = cut.astype("float64"), exact.astype("float64")
     size = np.linalg.norm(exact)
     with np.errstate(invalid="ignore"):

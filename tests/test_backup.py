@@ -17,7 +17,7 @@ from keras_tbptt.state import get_states
 
 EPOCHS = 3
 # The callbacks that interrupt a run are missing when it is resumed.
-pytestmark = pytest.mark.filterwarnings("ignore:.*these callbacks.*(Interrupt|Send)")
+pytestmark = pytest.mark.filterwarnings("ignore:.*these callbacks.*(Interrupt|KeepStart|Send)")
 
 
 def windows(count=23, seed=5, lengths=None, **kwargs):
@@ -68,6 +68,18 @@ class InterruptAt(keras.callbacks.Callback):
 class InterruptInValidation(keras.callbacks.Callback):
     def on_test_batch_end(self, batch, logs=None):
         raise Interruption
+
+
+class KeepStart(keras.callbacks.Callback):
+    """Copies the checkpoint of the beginning, so that another run can begin as this one."""
+
+    def __init__(self, folder, copy):
+        super().__init__()
+        self._folder, self._copy = folder, copy
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if not self._copy.exists():
+            shutil.copytree(self._folder, self._copy)
 
 
 class Training:
@@ -122,6 +134,36 @@ def assert_same(one, other):
     assert one.history.epoch == other.history.epoch
 
 
+def uninterrupted(folder, epochs=EPOCHS, before=list, **setting):
+    """A whole run, and the checkpoint of its beginning for the run that is interrupted."""
+    whole = Training(folder / "whole", **setting)
+    whole.fit(KeepStart(folder / "whole", folder / "start"), epochs=epochs, before=before())
+    return whole, folder / "start"
+
+
+@pytest.fixture(scope="module")
+def shared_whole(tmp_path_factory):
+    return uninterrupted(tmp_path_factory.mktemp("uninterrupted"))
+
+
+@pytest.fixture
+def whole_and_start(shared_whole, tmp_path):
+    """`uninterrupted`, with the defaults, run once for all tests; each has a copy of the start."""
+    whole, start = shared_whole
+    return whole, shutil.copytree(start, tmp_path / "start")
+
+
+@pytest.fixture(scope="module")
+def shared_epoch(tmp_path_factory):
+    return Training(tmp_path_factory.mktemp("epoch")).fit(epochs=1).folder
+
+
+@pytest.fixture
+def after_one_epoch(shared_epoch, tmp_path):
+    """The checkpoints of a training of one epoch, run once for all tests; each has a copy."""
+    return shutil.copytree(shared_epoch, tmp_path / "after_one_epoch")
+
+
 SETTINGS = {
     "packed": {},
     "aligned": {"packing": "aligned", "model": {"window_loss": "final_only"}},
@@ -143,37 +185,26 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_training_that_was_interrupted_ends_as_one_that_was_not(setting, tmp_path):
     setting = SETTINGS[setting]
-    start = Training(tmp_path / "start", **setting)
-    with pytest.raises(Interruption):
-        start.fit(InterruptAt(1), every_windows=10**6)  # the checkpoint of the beginning
-    shutil.copytree(tmp_path / "start", tmp_path / "whole")
-    whole = Training(tmp_path / "whole", **setting).fit()
+    whole, start = uninterrupted(tmp_path, **setting)
     steps = len(whole.train)
     assert steps > 8
 
     executions = -(-steps // whole.model.steps_per_execution)
     for interruption in (InterruptAt(executions - 1), InterruptInValidation()):
         with pytest.raises(Interruption):
-            Training(tmp_path / "start", **setting).fit(interruption)
-    pieces = Training(tmp_path / "start", **setting).fit()
+            Training(start, **setting).fit(interruption)
+    pieces = Training(start, **setting).fit()
     assert_same(whole, pieces)
 
 
-def test_a_training_that_is_over_is_not_done_again(tmp_path):
-    done = Training(tmp_path).fit()
-    again = Training(tmp_path).fit()
+def test_a_training_that_is_over_is_not_done_again(shared_whole, tmp_path):
+    done, _ = shared_whole
+    folder = shutil.copytree(done.folder, tmp_path / "done")
+    again = Training(folder).fit()
     assert_same(done, again)
-    longer = Training(tmp_path).fit(epochs=EPOCHS + 1)
+    assert int(again.model.optimizer.iterations) == EPOCHS * len(again.train)
+    longer = Training(folder).fit(epochs=EPOCHS + 1)
     assert longer.history.epoch == [0, 1, 2, 3]
-
-
-def begin(folder, tmp_path, **setting):
-    """Two copies of a checkpoint of the beginning: one for the whole run, one for its pieces."""
-    before = setting.pop("before", list)
-    with pytest.raises(Interruption):
-        Training(tmp_path / folder, **setting).fit(InterruptAt(1), before=before())
-    shutil.copytree(tmp_path / folder, tmp_path / f"{folder}-whole")
-    return tmp_path / folder, tmp_path / f"{folder}-whole"
 
 
 def stoppers():
@@ -185,8 +216,7 @@ def stoppers():
 
 @pytest.mark.parametrize("stock", [False, True])
 def test_the_other_callbacks_of_the_fit_are_resumed_too(stock, tmp_path):
-    pieces_of, whole_of = begin("a", tmp_path, stock=stock, before=stoppers)
-    whole = Training(whole_of, stock=stock).fit(epochs=9, before=stoppers())
+    whole, pieces_of = uninterrupted(tmp_path, epochs=9, stock=stock, before=stoppers)
     steps = len(whole.train)
     for at in (steps + 2, steps + 4):
         with pytest.raises(Interruption):
@@ -224,32 +254,30 @@ class Counter(keras.callbacks.Callback):
         self.epochs += np.float32(1)
 
 
-@pytest.mark.parametrize("after", [False, True])
-def test_a_callback_sees_each_window_and_epoch_once(after, tmp_path):
-    def fit(counters, *more, **kwargs):
-        where = {"before": [] if after else counters}
-        Training(tmp_path).fit(*(counters if after else []), *more, **where, **kwargs)
+def test_a_callback_sees_each_window_and_epoch_once(tmp_path):
+    def counters():
+        return [Counter(), Counter(10)]
+
+    def fit(before, after, *more, **kwargs):
+        Training(tmp_path).fit(*after, *more, before=before, **kwargs)
 
     for at in (1, 5, 8):  # begins; is resumed at window 0; in the middle
         with pytest.raises(Interruption):
-            fit([Counter(), Counter(10)], InterruptAt(at))
-    counters = [Counter(), Counter(10)]
-    fit(counters)
+            fit(counters(), counters(), InterruptAt(at))
     steps = len(windows())
-    assert [c.windows for c in counters] == [EPOCHS * steps, 10 * EPOCHS * steps]
-    assert [f"{c.epochs:.1f}" for c in counters] == [f"{EPOCHS:.1f}"] * 2
-    longer = [Counter(), Counter(10)]
-    fit(longer, epochs=EPOCHS + 1)
-    assert [c.windows for c in longer] == [(EPOCHS + 1) * steps, 10 * (EPOCHS + 1) * steps]
-    assert [c.epochs for c in longer] == [EPOCHS + 1] * 2
+    for epochs in (EPOCHS, EPOCHS + 1):
+        before, after = counters(), counters()
+        fit(before, after, epochs=epochs)
+        for pair in (before, after):
+            assert [c.windows for c in pair] == [epochs * steps, 10 * epochs * steps]
+            assert [f"{c.epochs:.1f}" for c in pair] == [f"{epochs:.1f}"] * 2
 
 
 def test_a_schedule_that_builds_on_the_rate_is_applied_once_an_epoch(tmp_path):
     def halving():
         return [keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)]
 
-    pieces_of, whole_of = begin("a", tmp_path, before=halving)
-    whole = Training(whole_of).fit(before=halving())
+    whole, pieces_of = uninterrupted(tmp_path, before=halving)
     with pytest.raises(Interruption):
         Training(pieces_of).fit(
             InterruptAt(len(whole.train) + 1), before=halving(), every_windows=1
@@ -291,9 +319,8 @@ def test_what_cannot_be_saved_of_a_callback_does_not_get_in_the_way(tmp_path):
     Training(tmp_path).fit(before=[Awkward()], epochs=2)
 
 
-def test_a_checkpoint_of_version_0_1_is_refused_in_a_sentence(tmp_path):
-    Training(tmp_path).fit(epochs=1)
-    for file in tmp_path.glob("*/about.json"):
+def test_a_checkpoint_of_version_0_1_is_refused_in_a_sentence(after_one_epoch):
+    for file in after_one_epoch.glob("*/about.json"):
         about = json.loads(file.read_text())
         old = {"epoch": 1, "window": 0, "windows_epoch": 1, "belongs_to": about["belongs_to"]}
         old |= {"versions": about["versions"], "stopped": False, "history": [[], {}]}
@@ -303,7 +330,7 @@ def test_a_checkpoint_of_version_0_1_is_refused_in_a_sentence(tmp_path):
         lines.append(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  about.json")
         sums.write_text("\n".join(lines))
     with pytest.raises(ValueError, match=r"written by another version.*Received"):
-        Training(tmp_path).fit()
+        Training(after_one_epoch).fit()
 
 
 @pytest.mark.parametrize(
@@ -318,12 +345,11 @@ def test_a_checkpoint_of_version_0_1_is_refused_in_a_sentence(tmp_path):
         ({"compiled": {"steps_per_execution": 2}}, "steps_per_execution=2"),
     ],
 )
-def test_a_checkpoint_of_another_training_is_refused_by_name(change, named, tmp_path):
-    Training(tmp_path).fit(epochs=1)
-    there = sorted(tmp_path.rglob("*"))
+def test_a_checkpoint_of_another_training_is_refused_by_name(change, named, after_one_epoch):
+    there = sorted(after_one_epoch.rglob("*"))
     with pytest.raises(ValueError, match=f"belongs to another training.*{named}"):
-        Training(tmp_path, **change).fit()
-    assert sorted(tmp_path.rglob("*")) == there
+        Training(after_one_epoch, **change).fit()
+    assert sorted(after_one_epoch.rglob("*")) == there
 
 
 def changed(dropout=0.3, mask_zero=True, activation="sigmoid", names=("a", "b"), l2=0.0, seed=1):
@@ -348,16 +374,23 @@ CONFIGURATIONS = {
 }
 
 
-@pytest.mark.parametrize("stock", [False, True])
-@pytest.mark.parametrize("change", CONFIGURATIONS)
-def test_another_configuration_of_a_layer_is_refused_by_name(change, stock, tmp_path):
-    change, named = CONFIGURATIONS[change]
-    setting = {"stock": stock, "model": {"window_loss": "per_window"} if not stock else None}
+@pytest.fixture(scope="module", params=[False, True], ids=["TBPTTModel", "stock"])
+def configured(request, tmp_path_factory):
+    """The checkpoints of a training with the layers of `changed`, and its other settings."""
     # Without padding no mask is needed.
-    lengths = {"lengths": 5}
-    Training(tmp_path, layers=changed(), **setting, **lengths).fit(epochs=1)
+    setting = {"stock": request.param, "lengths": 5}
+    folder = tmp_path_factory.mktemp("configured")
+    Training(folder, layers=changed(), **setting).fit(epochs=1)
+    return folder, setting
+
+
+@pytest.mark.parametrize("change", CONFIGURATIONS)
+def test_another_configuration_of_a_layer_is_refused_by_name(change, configured, tmp_path):
+    change, named = CONFIGURATIONS[change]
+    folder, setting = configured
+    folder = shutil.copytree(folder, tmp_path / "copy")
     with pytest.raises(ValueError, match=f"belongs to another training.*{named}"):
-        Training(tmp_path, layers=changed(**change), **setting, **lengths).fit()
+        Training(folder, layers=changed(**change), **setting).fit()
 
 
 def test_names_and_seeds_do_not_make_another_training(tmp_path):
@@ -411,10 +444,11 @@ COMPILED = [
 
 
 @pytest.mark.parametrize(("compiled", "optimizer", "named"), COMPILED)
-def test_another_loss_metric_or_optimizer_is_refused_by_name(compiled, optimizer, named, tmp_path):
-    Training(tmp_path).fit(epochs=1)
+def test_another_loss_metric_or_optimizer_is_refused_by_name(
+    compiled, optimizer, named, after_one_epoch
+):
     with pytest.raises(ValueError, match=f"belongs to another training.*{named}"):
-        Training(tmp_path, compiled=compiled, optimizer=optimizer).fit()
+        Training(after_one_epoch, compiled=compiled, optimizer=optimizer).fit()
 
 
 def test_a_model_without_a_configuration_is_known_by_its_variables(tmp_path):
@@ -496,11 +530,8 @@ def scaled(rate=0.01):
 
 
 def test_a_loss_scale_is_resumed(tmp_path):
-    with pytest.raises(Interruption):
-        Training(tmp_path / "start", optimizer=scaled()).fit(InterruptAt(1))
-    for name in ("whole", "twice"):
-        shutil.copytree(tmp_path / "start", tmp_path / name)
-    whole = Training(tmp_path / "whole", optimizer=scaled()).fit()
+    whole, start = uninterrupted(tmp_path, optimizer=scaled())
+    shutil.copytree(start, tmp_path / "twice")
     optimizer = whole.model.optimizer
     steps = EPOCHS * len(whole.train)
     assert optimizer.dynamic_scale == 2.0 ** (10 + steps // 5)
@@ -508,8 +539,8 @@ def test_a_loss_scale_is_resumed(tmp_path):
     own, inner = 4, 2 + 2 * len(whole.model.trainable_variables)
     assert len(optimizer.variables) == own + inner
     with pytest.raises(Interruption):
-        Training(tmp_path / "start", optimizer=scaled()).fit(InterruptAt(14))
-    assert_same(whole, Training(tmp_path / "start", optimizer=scaled()).fit())
+        Training(start, optimizer=scaled()).fit(InterruptAt(14))
+    assert_same(whole, Training(start, optimizer=scaled()).fit())
 
     twice = Training(tmp_path / "twice", optimizer=scaled())
     twice.fit(epochs=1)
@@ -523,21 +554,19 @@ def test_a_loss_scale_is_resumed(tmp_path):
 def test_mixed_float16_is_resumed(tmp_path):
     keras.config.set_dtype_policy("mixed_float16")
     try:
-        pieces_of, whole_of = begin("a", tmp_path)
-        whole = Training(whole_of).fit()
+        whole, pieces_of = uninterrupted(tmp_path)
         with pytest.raises(Interruption):
             Training(pieces_of).fit(InterruptAt(5))
         assert_same(whole, Training(pieces_of).fit())
     finally:
         keras.config.set_dtype_policy("float32")
     with pytest.raises(ValueError, match=r"dtype='float32' of Embedding.*'mixed_float16'"):
-        Training(tmp_path / "a").fit()
+        Training(pieces_of).fit()
 
 
 @pytest.mark.parametrize("stock", [False, True])
 def test_a_seed_that_was_drawn_is_taken_from_the_checkpoint(stock, tmp_path):
-    pieces_of, whole_of = begin("a", tmp_path, stock=stock, seed=None)
-    whole = Training(whole_of, stock=stock, seed=None).fit()
+    whole, pieces_of = uninterrupted(tmp_path, stock=stock, seed=None)
     with pytest.raises(Interruption):
         Training(pieces_of, stock=stock, seed=None).fit(InterruptAt(5))
     pieces = Training(pieces_of, stock=stock, seed=None)
@@ -545,7 +574,7 @@ def test_a_seed_that_was_drawn_is_taken_from_the_checkpoint(stock, tmp_path):
     pieces.fit()
     assert pieces.train.seed == whole.train.seed != drawn
     assert_same(whole, pieces)
-    refused = Training(tmp_path / "a", stock=stock, seed=None, count=24)
+    refused = Training(pieces_of, stock=stock, seed=None, count=24)
     drawn = refused.train.seed
     with pytest.raises(ValueError, match="data="):
         refused.fit()
@@ -565,17 +594,15 @@ def test_an_epoch_of_other_steps_is_refused(tmp_path):
 def test_all_steps_of_an_epoch_may_be_given(tmp_path):
     # There are six windows, which are all read ahead of training.
     data = {"count": 7, "lanes": 4}
-    pieces_of, whole_of = begin("a", tmp_path, **data)
-    whole = Training(whole_of, **data).fit()
+    whole, pieces_of = uninterrupted(tmp_path, **data)
     steps = {"steps_per_epoch": len(whole.train)}
     with pytest.raises(Interruption):
         Training(pieces_of, **data).fit(InterruptAt(len(whole.train) + 3), every_windows=1, **steps)
     assert_same(whole, Training(pieces_of, **data).fit(**steps))
 
 
-def test_the_checkpoint_takes_precedence_over_initial_epoch(tmp_path):
-    pieces_of, whole_of = begin("a", tmp_path)
-    whole = Training(whole_of).fit()
+def test_the_checkpoint_takes_precedence_over_initial_epoch(whole_and_start, tmp_path):
+    whole, pieces_of = whole_and_start
     with pytest.raises(Interruption):
         Training(pieces_of).fit(InterruptAt(4), initial_epoch=2)
     assert_same(whole, Training(pieces_of).fit(initial_epoch=2))
@@ -587,12 +614,12 @@ def test_the_checkpoint_takes_precedence_over_initial_epoch(tmp_path):
     assert none.history.epoch == [] and not (tmp_path / "none").exists()
 
 
-def test_fewer_epochs_than_the_checkpoint_has_are_refused(tmp_path):
-    Training(tmp_path / "over").fit(epochs=2)
+def test_fewer_epochs_than_the_checkpoint_has_are_refused(shared_whole, tmp_path):
+    shutil.copytree(shared_whole[0].folder, tmp_path / "over")
     with pytest.raises(Interruption):
         Training(tmp_path / "within").fit(InterruptAt(len(windows()) + 4))
-    for folder in ("over", "within"):
-        with pytest.raises(ValueError, match=r"epochs=2 or more.*Received: epochs=1"):
+    for folder, least in (("over", EPOCHS), ("within", 2)):
+        with pytest.raises(ValueError, match=rf"epochs={least} or more.*Received: epochs=1"):
             Training(tmp_path / folder).fit(epochs=1)
 
 
@@ -615,30 +642,29 @@ def flip(file):
     file.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path):
+def test_a_damaged_checkpoint_is_named_and_skipped(whole_and_start):
+    whole, folder = whole_and_start
     with pytest.raises(Interruption):
-        Training(tmp_path / "sound").fit(InterruptAt(9))
-    shutil.copytree(tmp_path / "sound", tmp_path / "damaged")
-    newest, before, *_ = sorted((tmp_path / "damaged").iterdir(), reverse=True)
+        Training(folder).fit(InterruptAt(9))
+    newest, before, *_ = sorted(folder.iterdir(), reverse=True)
     flip(newest / "variables.index")
-    training = Training(tmp_path / "damaged")
+    training = Training(folder)
     with pytest.warns(UserWarning, match=f"is damaged.*{newest.name}.*variables.index"):
         training.fit()
     assert training.backup.resumed_from == before.name
-    assert_same(Training(tmp_path / "sound").fit(), training)
+    assert_same(whole, training)
 
 
-def test_without_a_sound_checkpoint_nothing_is_overwritten(tmp_path):
-    Training(tmp_path).fit(epochs=1)
-    for file in tmp_path.glob("*/about.json"):
+def test_without_a_sound_checkpoint_nothing_is_overwritten(after_one_epoch):
+    for file in after_one_epoch.glob("*/about.json"):
         flip(file)
-    there = sorted(tmp_path.rglob("*"))
+    there = sorted(after_one_epoch.rglob("*"))
     with (
         pytest.warns(UserWarning, match="is damaged"),
         pytest.raises(ValueError, match="No checkpoint can be read"),
     ):
-        Training(tmp_path).fit()
-    assert sorted(tmp_path.rglob("*")) == there
+        Training(after_one_epoch).fit()
+    assert sorted(after_one_epoch.rglob("*")) == there
 
 
 class Send(keras.callbacks.Callback):
@@ -662,22 +688,19 @@ class Send(keras.callbacks.Callback):
 @pytest.mark.parametrize(
     ("number", "end"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
-def test_a_signal_lets_the_window_finish_and_saves(number, end, validating, tmp_path):
+def test_a_signal_lets_the_window_finish_and_saves(number, end, validating, whole_and_start):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Interruption):
-        Training(tmp_path / "a").fit(InterruptAt(1))
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    whole = Training(tmp_path / "a").fit()
+    whole, folder = whole_and_start
     sender = Send(number, validating=validating)
     with pytest.raises(end) as ended:
-        Training(tmp_path / "b").fit(sender, every_windows=10**6)
+        Training(folder).fit(sender, every_windows=10**6)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     if end is SystemExit:
         assert ended.value.code == 128 + signal.SIGTERM
-    newest = max(p.name for p in (tmp_path / "b").iterdir())
+    newest = max(p.name for p in folder.iterdir())
     window = len(whole.train) if validating else sender.batch + 1
     assert newest == f"epoch-00000-window-{window:09d}"
-    assert_same(whole, Training(tmp_path / "b").fit())
+    assert_same(whole, Training(folder).fit())
 
 
 def test_a_second_signal_stops_at_once(tmp_path):

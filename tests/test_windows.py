@@ -328,7 +328,7 @@ def test_targets_in_a_file_stay_there(dtype, tmp_path):
     mapped[:] = flat * 2
     arguments = dict(offsets=offsets, per_step=True, window=5, lanes=4)
     windows = DocumentWindows(flat, mapped, **arguments)
-    assert np.shares_memory(windows._targets, mapped)
+    assert np.shares_memory(windows._flat.targets, mapped)
     one, other = windows, DocumentWindows(flat, np.array(mapped), **arguments)
     keras.tree.map_structure(
         np.testing.assert_array_equal, batches(one, flags=True), batches(other, flags=True)

@@ -42,7 +42,7 @@ class DeferredSignals:
         """
         last = DeferredSignals._last
         if last is not None and not last._is_training(inspect.currentframe()):
-            last.restore()  # because its `fit` ended in an error
+            last.restore()  # its `fit` ended in an error, so nothing has restored the handlers
         DeferredSignals._last = self
         self.received = None
         self._model = model
@@ -53,7 +53,7 @@ class DeferredSignals:
                 self._previous[number] = signal.signal(number, self._receive)
 
     def restore(self) -> None:
-        """Restores the handlers that were installed before."""
+        """Puts back the handlers that `install` replaced."""
         self._handlers.update(self._previous)
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -13,7 +13,7 @@ IDLE = -1
 
 @dataclass(frozen=True)
 class Plan:
-    """What each lane processes in each window of an epoch; arrays are int32 `[windows, lanes]`.
+    """What each lane processes in each window of an epoch. Arrays are int32 `[windows, lanes]`.
 
     Attributes:
         document: The index of the document, or -1 where the lane is idle.
@@ -41,18 +41,20 @@ class Plan:
 
 
 class Packing:
-    """Distributes documents over lanes, in the same number of windows whatever their order.
+    """Distributes documents over lanes, so that every epoch has the same number of windows.
 
-    Documents are sorted by their number of windows, and this sorted list gets its places once. An
-    epoch permutes only documents of equal number among their places, and the order of the places,
-    so every epoch has the same length.
+    A place is a lane and a number of windows in it. Documents are sorted by their number of
+    windows, and each gets a place, once. An epoch swaps only documents with equal numbers of
+    windows, and changes the order of the places. Therefore its length does not change.
 
     Args:
         lengths: ints `[documents]` >= 1. Steps of each document.
         window: int >= 1. Steps in a window.
         lanes: int >= 1. Rows of the batch.
-        mean_window: int >= 2. The mean of random window lengths. Defaults to None: full windows.
-        stretch: int >= 1. Windows that an epoch has of a longer document. Defaults to None: all.
+        mean_window: Optional int >= 2. The mean of random window lengths. Defaults to None:
+            windows are full.
+        stretch: Optional int >= 1. How many windows an epoch has of a longer document. Defaults to
+            None: all.
     """
 
     def __init__(
@@ -126,11 +128,13 @@ class Packing:
 def _draw_lengths(
     totals: np.ndarray, counts: np.ndarray, mean: int, longest: int, seed: tuple[int, ...]
 ) -> np.ndarray:
-    """Random lengths of windows: int64 `[sum of counts]`, `counts[i]` that sum to `totals[i]`.
+    """Draws the lengths of all windows: int64 `[sum of counts]`.
 
-    The draws follow Merity et al. 2018, "Regularizing and optimizing LSTM language models", section
-    4.1, in proportion: normal around `mean` with a standard deviation of mean * 5 / 70, and one
-    time in twenty around half of it. They are then scaled to the document.
+    Document i has `counts[i]` windows, whose lengths sum to `totals[i]`. The draws follow Merity et
+    al. 2018, "Regularizing and optimizing LSTM language models", section 4.1, in proportion to
+    `mean`: 19 of 20 lengths are normal around `mean`, and the others are normal around half of
+    `mean`. The standard deviation is mean * 5 / 70. The lengths of a document are then scaled so
+    that their sum is right.
     """
     cells = int(counts.sum())
     normal, angle, chance = (_uniform(cells, *seed, stream) for stream in range(3))
@@ -141,7 +145,7 @@ def _draw_lengths(
     first = np.cumsum(counts) - counts
     total = lambda values: np.repeat(np.add.reduceat(values, first), counts)  # noqa: E731
     wanted = np.repeat(totals, counts)
-    # The margins keep rounding, below, from giving a window of no step or of one too many.
+    # Without these margins, the rounding below could make a window empty, or one step too long.
     low, high = 1 + 1e-6, longest - 1e-6
     lengths = np.clip(drawn * wanted / total(drawn), low, high)
     missing = wanted - total(lengths)
@@ -158,16 +162,16 @@ def _draw_lengths(
 
 
 def _uniform(count: int, *seed: int) -> np.ndarray:
-    """Floats in [0, 1) that are the same in every version of NumPy (see `Packing.plan`)."""
+    """Floats in [0, 1), the same in every version of NumPy (see `Packing.plan`)."""
     return (np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count) >> 11) * 2.0**-53
 
 
 class Packed(Packing):
-    """Lanes run on independently: when a document ends, the next begins.
+    """Lanes run independently: when a document ends, the lane begins the next one.
 
-    The longest document comes first, and each goes to the lane with the fewest windows (Graham
-    1969, "Bounds on multiprocessing timing anomalies", section 3), so all lanes end within about a
-    window of each other.
+    The longest document is placed first, and each document goes to the lane with the fewest windows
+    (Graham 1969, "Bounds on multiprocessing timing anomalies", section 3). Lanes therefore have
+    nearly equal numbers of windows.
     """
 
     def _deal(self) -> int:
@@ -184,18 +188,18 @@ class Packed(Packing):
         reading = np.lexsort((order if rank is None else rank, self._lane))
         counts, lane = self.sorted_counts[reading], self._lane[reading]
         before = np.cumsum(counts) - counts
-        first = np.searchsorted(lane, lane)  # where the lane's run begins in `reading`
+        first = np.searchsorted(lane, lane)  # where the lane begins in `reading`
         begin = np.empty_like(before)
         begin[reading] = before - before[first]
         return self._lane, begin
 
 
 class Aligned(Packing):
-    """The documents of a batch begin together, in groups of similar window counts.
+    """Documents with similar numbers of windows form a group, and begin together.
 
-    The next group begins when the longest document of this one has ended (the bucketing of
-    Khomenko et al. 2016, "Accelerating recurrent neural network training using sequence
-    bucketing", section 3).
+    A group has at most one document per lane. The next group begins when the longest document of
+    the group has ended (this is the bucketing of Khomenko et al. 2016, "Accelerating recurrent
+    neural network training using sequence bucketing", section 3).
     """
 
     def _deal(self) -> int:

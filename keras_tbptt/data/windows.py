@@ -10,15 +10,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_tbptt.data import _documents as forms
-from keras_tbptt.data import _spans as spans
-from keras_tbptt.data._packing import IDLE, PACKINGS, Plan
+from keras_tbptt.data._flat import NEXT_STEP, FlatDocuments
+from keras_tbptt.data._packing import PACKINGS, Plan
 from keras_tbptt.data._pipeline import WindowPipeline
-from keras_tbptt.data._targets import TargetForm, kept
 from keras_tbptt.losses import WindowLoss, check_window_loss, window_weights
-
-# In the place of labels: the target of a step is the step after it.
-_NEXT_STEP = object()
 
 
 class DocumentWindows:
@@ -121,47 +116,27 @@ class DocumentWindows:
     ):
         self.window = _at_least("window", window, 1)
         self.lanes = _at_least("lanes", lanes, 1)
-        if packing not in PACKINGS:
-            raise ValueError(
-                f"`packing` must be one of {tuple(PACKINGS)}. Received: packing={packing!r}"
-            )
+        _check_plan(packing, window, mean_window, stretch)
         self.packing = packing
         self.shuffle = bool(shuffle)
         self.seed = random.randint(0, 2**31 - 1) if seed is None else _at_least("seed", seed, 0)
         self._seed_drawn = seed is None
         self.per_step = bool(per_step)
         self.mean_window, self.stretch = mean_window, stretch
-        if mean_window is not None and 1.25 * _at_least("mean_window", mean_window, 2) > window:
-            raise ValueError(
-                "`window` is the longest that a window can be, and must leave room for lengths "
-                "around `mean_window`: at least 1.25 times as much. "
-                f"Received: window={window}, mean_window={mean_window}"
-            )
-        if stretch is not None:
-            _at_least("stretch", stretch, 1)
         self.epoch = 0
         self._handed_out = 0  # windows of `dataset()`, over all epochs; with flags the last alone
 
-        if isinstance(documents, tf.data.Dataset):
-            documents, labels = forms.read_dataset(documents, labels)
-        values, bounds = forms.flatten(documents, offsets, lengths)
-        if offsets is None:
-            forms.check_padding(documents, lengths)
-        forms.check_values(values, "documents", ids=True)
-        self._values = kept(values)
-        self._filler = forms.first_nonzero(self._values, bounds[0])
-        self._next_step = labels is _NEXT_STEP
-        self._target_origin = -1 if self._next_step else int(bounds[0])
-        form = TargetForm(np.diff(bounds), per_step, offsets, lengths, len(values))
-        self._targets = self._values if self._next_step else form.targets(labels)
-        if streams:
-            _check_streams(self, weights)
-            self._begins, self._lengths = spans.streams(bounds, self._next_step, self.lanes)
-        else:
-            self._begins, self._lengths = spans.documents(bounds, self._next_step)
-        self._weights = np.ones(self.num_documents, "float32") if streams else form.weights(weights)
+        self._flat = FlatDocuments(
+            documents,
+            labels,
+            weights,
+            offsets=offsets,
+            lengths=lengths,
+            per_step=self.per_step,
+            streams=self.lanes if streams else None,
+        )
         self._layout = PACKINGS[packing](
-            self._lengths, self.window, self.lanes, mean_window, stretch
+            self._flat.lengths, self.window, self.lanes, mean_window, stretch
         )
 
     @classmethod
@@ -215,7 +190,7 @@ class DocumentWindows:
             streams = True if streams is None else streams
         return cls(
             sequences,
-            _NEXT_STEP,
+            NEXT_STEP,
             window=window,
             lanes=lanes,
             streams=bool(streams),
@@ -242,12 +217,12 @@ class DocumentWindows:
     @property
     def num_documents(self) -> int:
         """How many documents there are."""
-        return len(self._begins)
+        return len(self._flat.begins)
 
     @property
     def lengths(self) -> np.ndarray:
         """int64 `[documents]`: the steps of each document."""
-        return self._lengths
+        return self._flat.lengths
 
     @property
     def num_steps(self) -> int:
@@ -262,12 +237,12 @@ class DocumentWindows:
     @property
     def has_labels(self) -> bool:
         """Whether there are labels."""
-        return self._targets is not None
+        return self._flat.targets is not None
 
     @property
     def predicts_next_step(self) -> bool:
         """Whether the target of a step is the step after it (see `next_step`)."""
-        return self._next_step
+        return self._flat.next_step
 
     @property
     def has_padding(self) -> bool:
@@ -277,35 +252,27 @@ class DocumentWindows:
     @property
     def feature_shape(self) -> tuple[int, ...]:
         """Shape of one step: `()` for ids, `(F,)` for features."""
-        return tuple(self._values.shape[1:])
+        return tuple(self._flat.values.shape[1:])
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """Shape of a batch, for `keras.Input`: `(lanes, window)`, or `(lanes, window, F)`."""
         return (self.lanes, self.window, *self.feature_shape)
 
-    @functools.cached_property
+    @property
     def max_id(self) -> int | None:
         """The largest id, or None if the documents are floats."""
-        if self._values.dtype.kind == "f":
-            return None
-        return max(int(part.max()) for _, part in forms.chunks(self._values))
+        return self._flat.id_range and self._flat.id_range[1]
 
-    @functools.cached_property
+    @property
     def min_id(self) -> int | None:
-        """The smallest id, or None where the documents are floats."""
-        if self._values.dtype.kind == "f":
-            return None
-        return min(int(part.min()) for _, part in forms.chunks(self._values))
+        """The smallest id, or None if the documents are floats."""
+        return self._flat.id_range and self._flat.id_range[0]
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of documents, labels and weights, in hexadecimal."""
-        targets = [t for t in tf.nest.flatten(self._targets) if t is not None]
-        if self._next_step:
-            targets = [np.ones(1, bool)]  # not the documents once more
-        offsets = np.append(self._begins, self._begins[-1:] + self._lengths[-1:])
-        return forms.fingerprint([self._values, offsets, self._weights, *targets])
+        return self._flat.fingerprint
 
     @property
     def plan(self) -> Plan:
@@ -364,17 +331,10 @@ class DocumentWindows:
         check_window_loss(window_loss)
         scale = 1.0
         if evaluation:
-            _check_evaluation(self, flags, window_loss)
-            counted = self.num_documents
-            rows = len(self) * self.lanes
-            if self.per_step:
-                counted, rows = self.num_steps, rows * self.window
-            else:
-                window_loss = "final_only"
-            scale = rows / counted
-        spec = tf.nest.map_structure(
-            lambda array: tf.TensorSpec(array.shape, array.dtype), self._batch(self.plan, 0)
-        )
+            scale = _evaluation_scale(self, flags, window_loss)
+            window_loss = "per_window" if self.per_step else "final_only"
+        batch = self._flat.batch(self.plan, 0, self.window)
+        spec = tf.nest.map_structure(lambda array: tf.TensorSpec(array.shape, array.dtype), batch)
         weigh = None
         if not flags:
             weigh = functools.partial(_stock_batch, window_loss, self.window, self.per_step, scale)
@@ -397,17 +357,7 @@ class DocumentWindows:
             `y` is the labels `[rows, ...]`, with `per_step=True` those of the last steps, or None.
             `weights` is float32 `[rows]`.
         """
-        documents = np.asarray(documents)
-        begin = self._begins[documents, None]
-        end = begin + self._lengths[documents, None]
-        position = end + np.arange(-(end - begin).max(), 0)
-        real = position >= begin
-        steps = _padded(self._values, np.maximum(position, begin), np.ones_like(real))
-        labelled = end[:, 0] - 1 - self._target_origin if self.per_step else documents
-        y = tf.nest.map_structure(
-            lambda t: None if t is None else forms.narrow(np.asarray(t[labelled])), self._targets
-        )
-        return steps, real, y, self._weights[documents]
+        return self._flat.whole(documents)
 
     @functools.cached_property
     def _plans(self) -> Callable[[tuple[int, int], bool], Plan]:
@@ -418,7 +368,7 @@ class DocumentWindows:
         return self._plans((self.seed, epoch if drawn else 0), self.shuffle)
 
     def _read(self, epoch: np.int64, step: np.int64) -> list[np.ndarray]:
-        return tf.nest.flatten(self._batch(self._plan_of(int(epoch)), int(step)))
+        return tf.nest.flatten(self._flat.batch(self._plan_of(int(epoch)), int(step), self.window))
 
     def _hand_out(self, epoch: np.int64, step: np.int64) -> np.int64:
         self._handed_out += 1
@@ -426,48 +376,24 @@ class DocumentWindows:
             self.epoch = int(epoch) + 1
         return step
 
-    def _batch(self, plan: Plan, step: int) -> tuple:
-        document, length = plan.document[step], plan.length[step]
-        busy = document != IDLE
-        first = self._begins[document] + plan.begin[step]
-        # An idle lane repeats a step that is not padding: cuDNN refuses fully masked rows.
-        begin = np.where(busy, first + plan.offset[step], self._filler)
-        real = np.arange(self.window) < np.maximum(length, 1)[:, None]  # [lanes, window]
-        position = np.where(real, begin[:, None] + np.arange(self.window), self._filler)
-        x = {
-            "inputs": _padded(self._values, position, real),
-            "starts": plan.starts[step],
-            "ends": plan.ends[step],
-            "lengths": length.astype("int32"),
-            "positions": plan.offset[step].astype("int32"),
-            "totals": plan.total[step].astype("int32"),
-        }
-        if self._targets is None:
-            return (x,)
-        weight = np.where(busy, self._weights[document], 0).astype("float32")
-        if self.per_step:
-            weight = weight[:, None] * real
-            # Padding and idle lanes repeat a step that may be the last of all: it has no next one.
-            known = real & busy[:, None]
-            position = np.where(known, position - self._target_origin, 0)
-            y = tf.nest.map_structure(lambda t: _padded(t, position, real), self._targets)
-        else:
-            y = tf.nest.map_structure(lambda t: t[document], self._targets)
-        return x, y, weight.astype("float32")
 
-
-def _check_streams(windows: DocumentWindows, weights: Any) -> None:
-    if not windows.per_step or windows._targets is None or weights is not None:
+def _check_plan(packing: str, window: int, mean_window: int | None, stretch: int | None) -> None:
+    if packing not in PACKINGS:
         raise ValueError(
-            "`streams=True` runs documents together, so nothing may belong to a whole document: "
-            "give a target per step (per_step=True, or DocumentWindows.next_step), and no "
-            f"`weights`. Received: per_step={windows.per_step}, "
-            f"labels={'None' if windows._targets is None else 'given'}, "
-            f"weights={'None' if weights is None else 'given'}"
+            f"`packing` must be one of {tuple(PACKINGS)}. Received: packing={packing!r}"
         )
+    if mean_window is not None and 1.25 * _at_least("mean_window", mean_window, 2) > window:
+        raise ValueError(
+            "`window` is the longest that a window can be, and must leave room for lengths "
+            "around `mean_window`: at least 1.25 times as much. "
+            f"Received: window={window}, mean_window={mean_window}"
+        )
+    if stretch is not None:
+        _at_least("stretch", stretch, 1)
 
 
-def _check_evaluation(windows: DocumentWindows, flags: bool, window_loss: str) -> None:
+def _evaluation_scale(windows: DocumentWindows, flags: bool, window_loss: str) -> float:
+    """The rows that Keras divides a loss by, as a share of what an evaluation counts."""
     if flags:
         raise ValueError(
             "`evaluation=True` is for stock Keras models. A TBPTTModel counts documents by "
@@ -483,6 +409,10 @@ def _check_evaluation(windows: DocumentWindows, flags: bool, window_loss: str) -
             "An evaluation needs labels: DocumentWindows(documents, labels, ...). "
             f"Received: {windows!r} without labels"
         )
+    rows = len(windows) * windows.lanes
+    if windows.per_step:
+        return rows * windows.window / windows.num_steps
+    return rows / windows.num_documents
 
 
 def _refuse_shuffle(*args: Any, **kwargs: Any) -> None:
@@ -501,13 +431,6 @@ def _stock_batch(
     y, sample_weight = targets
     weights = window_weights(window_loss, x, window, per_step)
     return x["inputs"], y, sample_weight * weights * scale
-
-
-def _padded(values: np.ndarray, position: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Gathers `[lanes, window, ...]` from `values`, zero where a step is not real."""
-    rows = forms.narrow(np.asarray(values[position]))
-    rows[~real] = 0
-    return rows
 
 
 def _at_least(name: str, value: int, least: int) -> int:

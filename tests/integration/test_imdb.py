@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from integration.several import several
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -76,21 +77,23 @@ def test_the_other_window_loss(window_loss, tmp_path):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["packing"] == "aligned"
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--data=imdb_reviews", "--data_dir={tmp}/none"], "--data_dir"),
-        (["--data=generated", "--run_dir={tmp}/file/run"], "--run_dir"),
-        (["--data=generated", "--run_dir={tmp}/run", "--export_dir={tmp}/file"], "--export_dir"),
-        (["--data=generated", "--run_dir={tmp}/used"], "holds a run already"),
-        (["--window=0"], "--window"),
-    ],
-)
-def test_what_cannot_be_done_is_said_in_one_sentence(flags, message, tmp_path):
+ERRORS = [
+    (["--data=imdb_reviews", "--data_dir={tmp}/none"], "--data_dir"),
+    (["--data=generated", "--run_dir={tmp}/file/run"], "--run_dir"),
+    (["--data=generated", "--run_dir={tmp}/run", "--export_dir={tmp}/file"], "--export_dir"),
+    (["--data=generated", "--run_dir={tmp}/used"], "holds a run already"),
+    (["--window=0"], "--window"),
+]
+
+
+def test_what_cannot_be_done_is_said_in_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "flags.txt").write_text("")
-    done = run(*[f.format(tmp=tmp_path) for f in flags], cwd=tmp_path)
-    assert done.returncode != 0
-    assert message in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "none").exists() and not (tmp_path / "saved_models").exists()
+    before = sorted(tmp_path.rglob("*"))
+    runs = [[*SMALL, *(f.format(tmp=tmp_path) for f in flags)] for flags, _ in ERRORS]
+    results = several("experiments.imdb", runs, cwd=tmp_path)
+    for (flags, message), (status, _, errors) in zip(ERRORS, results, strict=True):
+        assert status != 0, flags
+        assert message in errors and "Traceback" not in errors, (flags, errors)
+    assert sorted(tmp_path.rglob("*")) == before

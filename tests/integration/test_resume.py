@@ -19,7 +19,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent.parent
 KILLS = int(os.environ.get("KILLS", "2"))
 SMALL = [
-    *("--data=generated", "--limit=150", "--epochs=3", "--lanes=8", "--units=8"),
+    *("--data=generated", "--limit=60", "--epochs=3", "--lanes=8", "--units=8"),
     *("--embedding_dim=8", "--vocab_size=200", "--window=10", "--export_dir="),
 ]
 SETTINGS = [

@@ -41,7 +41,7 @@ import resource, sys, tensorflow as tf
 serve = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
 serve(text=tf.constant(["a b c d e f g h i j " * 100]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-serve(text=tf.constant(["a b c d e f g h i j " * 100_000]))
+serve(text=tf.constant(["a b c d e f g h i j " * 50_000]))
 print("ANSWER", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
@@ -112,6 +112,6 @@ def test_the_command_line_shows_every_signature(exported):
     assert "inputs['text'] tensor_info:\n        dtype: DT_STRING\n        shape: (-1)" in shown
 
 
-def test_a_million_words_need_little_more_memory_than_a_thousand(exported):
+def test_half_a_million_words_need_little_more_memory_than_a_thousand(exported):
     path, _ = exported
-    assert answer_of("-c", MEMORY, path) < 150
+    assert answer_of("-c", MEMORY, path) < 60

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
+from integration.several import several
 from toys import VOCAB, compiled, token_model
 
 import keras_tbptt
@@ -121,23 +122,24 @@ def read_terminal(terminal):
         return b""
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--model={tmp}/none"], "no such model directory"),
-        (["--model={tmp}"], "holds no version"),
-        (["--model={tmp}/broken"], "does not load"),
-        (["--model={models}/without_text"], "no `stream` signature from text"),
-        (["--model={models}/toy", "--file={tmp}/none.txt"], "cannot be read"),
-        (["--model={models}/toy", "--run_dir={tmp}/run"], "no word to read"),
-    ],
-)
-def test_what_cannot_be_done_is_said_in_one_sentence(trained, flags, message, tmp_path):
+ERRORS = [
+    (["--model={tmp}/none"], "no such model directory"),
+    (["--model={tmp}"], "holds no version"),
+    (["--model={tmp}/broken"], "does not load"),
+    (["--model={models}/without_text"], "no `stream` signature from text"),
+    (["--model={models}/toy", "--file={tmp}/none.txt"], "cannot be read"),
+    (["--model={models}/toy", "--run_dir={tmp}/run"], "no word to read"),
+]
+
+
+def test_what_cannot_be_done_is_said_in_one_sentence(trained, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "saved_model.pb").write_bytes(b"no protocol buffer")
     models = trained[0].parent.parent
-    done = run(b" --\n", *(f.format(tmp=tmp_path, models=models) for f in flags), cwd=tmp_path)
-    said = done.stderr.decode().strip().splitlines()[-1]
-    assert done.returncode == 1 and b"Traceback" not in done.stderr
-    assert message in said and "Received: " in said and "--" in said
+    runs = [[f.format(tmp=tmp_path, models=models) for f in flags] for flags, _ in ERRORS]
+    results = several("experiments.stream", runs, text=" --\n", cwd=tmp_path)
+    for (flags, message), (status, _, errors) in zip(ERRORS, results, strict=True):
+        said = errors.strip().splitlines()[-1]
+        assert status == 1 and "Traceback" not in errors, (flags, errors)
+        assert message in said and "Received: " in said and "--" in said, (flags, said)
     assert not (tmp_path / "runs").exists()
