@@ -23,8 +23,6 @@ from experiments import runner, running_text
 from experiments.data import DataUnavailableError
 from keras_tbptt import text
 
-STATISTICS_WINDOWS = 500
-
 # Zaremba et al. 2014, "Recurrent neural network regularization", section 4.1, without dropout, in
 # the version of TensorFlow's models: tutorials/rnn/ptb/ptb_word_lm.py. That loss is a sum over the
 # 20 steps of a window, and Keras's is the mean: rate and clip are 1.0 and 5 there.
@@ -89,7 +87,7 @@ flags.DEFINE_enum(
 )  # fmt: skip
 flags.DEFINE_integer("constant_epochs", 4, "Epochs before the rate begins to halve.", 0)
 flags.DEFINE_float(
-    "dynamic_rate", 3e-5, "The learning rate of dynamic evaluation; 0 for none.", 0
+    "dynamic_rate", 1.0, "The learning rate of dynamic evaluation; 0 for no such evaluation.", 0
 )  # fmt: skip
 flags.DEFINE_float("dynamic_decay", 1e-3, "How fast its weights return to the trained ones.", 0, 1)
 flags.DEFINE_float("temperature", 0.8, "How bold the samples are.", 1e-3)
@@ -247,13 +245,11 @@ def run_test(model: keras_tbptt.TBPTTModel, ids: dict[str, np.ndarray]) -> dict[
     test = keras_tbptt.DocumentWindows.next_step(ids["test"], **shape)
     losses = {"": one.evaluate(test, verbose=0)}
     if FLAGS.dynamic_rate:
-        beginning = ids["train"][: STATISTICS_WINDOWS * one.window + 1]
         losses["_dynamic"] = keras_tbptt.evaluate_dynamically(
             one,
             test,
             learning_rate=FLAGS.dynamic_rate,
             decay=FLAGS.dynamic_decay,
-            statistics=keras_tbptt.DocumentWindows.next_step(beginning, **shape),
         )["loss"]
     results = {}
     for suffix, loss in losses.items():
