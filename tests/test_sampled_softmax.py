@@ -464,6 +464,44 @@ def test_exports_are_exact(tmp_path, build):
     np.testing.assert_allclose(got[0], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("activation", ["softmax", None])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_else_runs_the_model_is_exact(tied, activation):
+    """Generation, dynamic evaluation and a resized model: as with a dense layer."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=activation is None)
+    model = tied_model(activation) if tied else language_model(head(activation=activation))
+    compiled(model, LazyAdam(0.02), loss).fit(next_words(), verbose=0)
+    weights = model.get_weights()
+    if tied:
+        weights += [weights[0].T, np.zeros(CLASSES)]
+    else:
+        weights[-2] = weights[-2].T
+    keras.utils.set_random_seed(1)
+    tokens = keras.Input(batch_shape=(LANES, WINDOW), dtype="int32")
+    x = L.Embedding(CLASSES, 7 if tied else 6)(tokens)
+    x = L.LSTM(7, stateful=True, return_sequences=True)(x)
+    dense = TBPTTModel(tokens, L.Dense(CLASSES, activation=activation)(x))
+    dense.set_weights(weights)
+    compiled(dense, "sgd", loss)
+    got, expected = (
+        keras_tbptt.generate(one, [[1, 2, 3]] * 2, 9, temperature=1.0, seed=1)
+        for one in (model, dense)
+    )
+    for one, two in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(one, two)
+    if not tied:
+        scores = [
+            keras_tbptt.evaluate_dynamically(one, next_words(), learning_rate=0.01)["loss"]
+            for one in (model, dense)
+        ]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    resized = compiled(model.resized(lanes=2), loss=loss)
+    windows = DocumentWindows.next_step(texts(), window=WINDOW, lanes=2)
+    assert resized.evaluate(windows, verbose=0) == pytest.approx(
+        model.evaluate(next_words(), verbose=0), rel=1e-5
+    )
+
+
 def test_a_tied_layer_is_exact_in_evaluation_and_in_stock_models():
     model = compiled(tied_model(), "adam")
     model.fit(next_words(), verbose=0)
