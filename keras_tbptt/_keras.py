@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
+import operator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -84,6 +88,78 @@ def output_losses(model: keras.Model) -> list[keras.metrics.Mean]:
         model: A compiled model.
     """
     return list(model._compile_loss.metrics) if model._compile_loss is not None else []
+
+
+def targets_like(model: keras.Model, y: Any, y_pred: Any) -> Any:
+    """Targets in the structure of the outputs, in the order in which Keras pairs them.
+
+    Args:
+        model: The model.
+        y: Targets.
+        y_pred: Outputs, one for each target.
+
+    Raises:
+        ValueError: If their numbers differ.
+    """
+    names = model.output_names
+    if isinstance(y, Mapping) and isinstance(y_pred, (list, tuple)) and set(y) == set(names):
+        y = [y[name] for name in names]
+    targets = keras.tree.flatten(y)
+    if len(targets) != len(keras.tree.flatten(y_pred)):
+        raise ValueError(
+            "A model with a sampled output needs a target for each output. "
+            f"Received: {len(targets)} targets for the outputs {names}"
+        )
+    return keras.tree.pack_sequence_as(y_pred, targets)
+
+
+def losses_of(model: keras.Model, y: Any, y_pred: Any) -> list[tuple[Any, keras.losses.Loss]]:
+    """Each loss that a model is compiled with, beside the output that it is the loss of.
+
+    Args:
+        model: A compiled model.
+        y: Targets.
+        y_pred: Outputs.
+    """
+    compiled = model._compile_loss
+    if compiled is None:
+        return []
+    if not compiled.built:
+        compiled.build(y, y_pred)
+    outputs = keras.tree.flatten(y_pred)
+    tree = keras.tree.pack_sequence_as(compiled._y_pred_build_structure, outputs)
+    return [
+        (functools.reduce(operator.getitem, entry.path, tree), entry.loss)
+        for entry in compiled._flat_losses
+    ]
+
+
+@contextlib.contextmanager
+def without_metrics(model: keras.Model, y: Any, y_pred: Any) -> Iterator[None]:
+    """Within this context, a model has no metrics of the outputs that are None.
+
+    Args:
+        model: A compiled model.
+        y: Targets.
+        y_pred: Outputs, some of them None.
+    """
+    compiled = model._compile_metrics
+    if compiled is None:
+        yield
+        return
+    if not compiled.built:
+        compiled.build(y, model.output)
+    lists = (compiled._flat_metrics, compiled._flat_weighted_metrics)
+    before = [list(metrics) for metrics in lists]
+    for metrics in lists:
+        for i, output in enumerate(compiled._flatten_y(y_pred)):
+            if output is None:
+                metrics[i] = None
+    try:
+        yield
+    finally:
+        for metrics, kept in zip(lists, before, strict=True):
+            metrics[:] = kept
 
 
 def original_of_clone(outputs: Any) -> keras.Model | None:

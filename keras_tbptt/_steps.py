@@ -12,6 +12,7 @@ from keras_tbptt import _batches, _keras
 from keras_tbptt._reach import WindowHistory, backpropagate
 from keras_tbptt._reporting import output_losses, penalty
 from keras_tbptt.layers import ConcatPooling
+from keras_tbptt.layers._sampling_layer import mark_sampled, sampled_of, seen
 from keras_tbptt.optimizers import LazyAdam
 from keras_tbptt.state import (
     call_masked,
@@ -24,7 +25,10 @@ from keras_tbptt.state import (
 
 
 class Found(NamedTuple):
-    """What a step found: outputs, Keras's loss of the batch, and the penalties in it."""
+    """What a step found: outputs, Keras's loss of the batch, and the penalties in it.
+
+    An output is None where only a sample of its classes was computed.
+    """
 
     y_pred: Any
     loss: tf.Tensor
@@ -96,7 +100,7 @@ def run_window(model: keras.Model, x: Mapping[str, tf.Tensor], training: bool) -
     """
     y_pred = call_masked(model, x["inputs"], training, _real_steps(model, x))
     # Keras would weight the loss by the masks a second time.
-    return keras.tree.map_structure(_keras.without_mask, y_pred)
+    return keras.tree.map_structure(_without_mask, y_pred)
 
 
 class ForwardOnly:
@@ -161,7 +165,7 @@ class OneWindow:
         return tf.cond(
             tf.reduce_any(share > 0),
             lambda: self._learn(x, y, weight, share),
-            lambda: Found(run_window(model, x, training=True), zero, zero),
+            lambda: Found(seen(run_window(model, x, training=True)), zero, zero),
         )
 
     def _learn(self, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: Any) -> Found:
@@ -178,7 +182,7 @@ class OneWindow:
         if not isinstance(model.optimizer, LazyAdam):
             gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
         model.optimizer.apply(gradients, model.trainable_variables)
-        return Found(y_pred, loss, added)
+        return Found(seen(y_pred), loss, added)
 
 
 class SeveralWindows:
@@ -250,7 +254,7 @@ class SeveralWindows:
 
         _build(model.optimizer, model.trainable_variables)
         tf.cond(learns, learn, lambda: False)
-        return Found(y_pred, loss, added)
+        return Found(seen(y_pred), loss, added)
 
     def _run_again(
         self, window: Mapping[str, Any], back: tf.Tensor
@@ -304,6 +308,11 @@ def _build(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable
             optimizer.build(variables)
 
 
+def _without_mask(tensor: tf.Tensor, shape: Any = None) -> tf.Tensor:
+    """A copy of an output without its mask, which can still be sampled."""
+    return mark_sampled(_keras.without_mask(tensor, shape), sampled_of(tensor))
+
+
 def _of_shape(tensor: tf.Tensor, symbolic: keras.KerasTensor) -> tf.Tensor:
     """Without its mask, and of the shape that the model's own batch gives it."""
-    return _keras.without_mask(tensor, symbolic.shape)
+    return _without_mask(tensor, symbolic.shape)

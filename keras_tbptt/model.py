@@ -10,9 +10,10 @@ import keras
 import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
-from keras_tbptt._prediction import PredictsDocuments, without_training
+from keras_tbptt._prediction import without_training
 from keras_tbptt._reach import WindowHistory, check_backprop_windows
 from keras_tbptt._reporting import report
+from keras_tbptt._sampling import SamplesClasses
 from keras_tbptt._steps import (
     ForwardOnly,
     Found,
@@ -26,7 +27,7 @@ from keras_tbptt.losses import FINAL_LOSSES, WindowLoss, check_window_loss, wind
 
 
 @keras.saving.register_keras_serializable(package="keras_tbptt")
-class TBPTTModel(PredictsDocuments):
+class TBPTTModel(SamplesClasses):
     """A functional model with stateful layers that learns documents window by window.
 
     `fit`, `evaluate` and `predict` are Keras's own and take `DocumentWindows`. For each window of a

@@ -110,6 +110,53 @@ def test_the_loss_of_each_output_has_a_metric():
     assert _keras.output_losses(alone) == []
 
 
+@pytest.mark.parametrize("losses", [{"a": "mse", "b": "mae"}, ["mse", "mae"], "mse"])
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_each_loss_is_found_beside_its_output(losses, as_dict):
+    model = nested_model()
+    if not as_dict:
+        model = keras.Model(model.input, [model.output["a"], model.output["b"]])
+    if as_dict and isinstance(losses, list):
+        losses = dict(zip("ab", losses, strict=True))
+    model.compile("sgd", losses)
+    outputs = {"a": tf.zeros([2, 1]), "b": tf.ones([2, 1])}
+    targets = {"b": tf.fill([2, 1], 3.0), "a": tf.fill([2, 1], 2.0)}
+    if not as_dict:
+        outputs = [outputs["a"], outputs["b"]]
+    paired = _keras.targets_like(model, targets, outputs)
+    for output, target in zip(keras.tree.flatten(outputs), keras.tree.flatten(paired), strict=True):
+        assert float(target[0, 0]) == float(output[0, 0]) + 2
+    found = [(float(t[0, 0]), loss.fn) for t, loss in _keras.losses_of(model, paired, outputs)]
+    second = (
+        keras.losses.mean_squared_error if losses == "mse" else keras.losses.mean_absolute_error
+    )
+    assert found == [(0, keras.losses.mean_squared_error), (1, second)]
+
+
+def test_without_a_loss_none_is_found():
+    model = nested_model()
+    model.compile("sgd")
+    assert _keras.losses_of(model, None, model.output) == []
+    with pytest.raises(ValueError, match="1 targets for the outputs"):
+        _keras.targets_like(model, np.ones((2, 1)), model.output)
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_an_output_can_be_left_out_of_the_metrics(built):
+    model = nested_model()
+    model.compile("sgd", {"a": "mse", "b": "mae"}, weighted_metrics={"a": ["mse"], "b": ["mae"]})
+    x, y = np.ones((2, 3, 4)), {"a": np.ones((2, 1)), "b": np.ones((2, 1))}
+    if built:
+        model.evaluate(x, y, verbose=0)
+        model.reset_metrics()
+    outputs = {"a": None, "b": tf.zeros([2, 1])}
+    with _keras.without_metrics(model, y, outputs):
+        found = model.compute_metrics(x, y, outputs)
+    assert {"b_mae"} <= set(found) and "a_mse" not in found
+    assert float(found["b_mae"]) == 1
+    assert {"a_mse", "b_mae"} <= set(model.get_metrics_result())
+
+
 def test_a_clone_knows_its_original():
     found = []
 

@@ -1,6 +1,7 @@
-"""Layers that carry their state from window to window."""
+"""Layers that carry their state from window to window, and heads for large vocabularies."""
 
 from keras_tbptt.layers.lstm import LSTM
 from keras_tbptt.layers.pooling import ConcatPooling
+from keras_tbptt.layers.sampled_softmax import SampledReversibleEmbedding, SampledSoftmax
 
-__all__ = ["LSTM", "ConcatPooling"]
+__all__ = ["LSTM", "ConcatPooling", "SampledReversibleEmbedding", "SampledSoftmax"]
