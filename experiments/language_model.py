@@ -10,6 +10,7 @@ validation loss, and runs over the test text once as it is, and once with dynami
 
 from __future__ import annotations
 
+import functools
 import math
 import pathlib
 from typing import Any
@@ -56,6 +57,9 @@ flags.DEFINE_integer("units", 256, "Units of each.", 1)
 flags.DEFINE_integer("embedding_dim", 64, "Size of a step's vector.", 1)
 flags.DEFINE_boolean(
     "tied", False, "Whether the embedding is the output's kernel too; needs --embedding_dim=units."
+)  # fmt: skip
+flags.DEFINE_integer(
+    "samples", None, "Classes that the loss of a training step is taken over; all if not given.", 1
 )  # fmt: skip
 flags.DEFINE_float("dropout", 0.0, "Share of the inputs and outputs of layers dropped.", 0, 0.99)
 flags.DEFINE_float(
@@ -119,7 +123,13 @@ def build_model(vocabulary: int) -> keras_tbptt.TBPTTModel:
     layer = keras.layers.GRU if FLAGS.cell == "gru" else keras_tbptt.layers.LSTM
 
     tokens = keras.Input(batch_shape=(FLAGS.lanes, FLAGS.window), dtype="int32", name="tokens")
-    embed = keras.layers.ReversibleEmbedding if FLAGS.tied else keras.layers.Embedding
+    sampled = {} if FLAGS.samples is None else {"samples": FLAGS.samples, "activation": None}
+    if not FLAGS.tied:
+        embed = keras.layers.Embedding
+    elif FLAGS.samples is None:
+        embed = keras.layers.ReversibleEmbedding
+    else:
+        embed = functools.partial(keras_tbptt.layers.SampledReversibleEmbedding, **sampled)
     embedding = embed(
         vocabulary, FLAGS.embedding_dim, embeddings_initializer=_initializer(scale) or "uniform"
     )
@@ -128,6 +138,8 @@ def build_model(vocabulary: int) -> keras_tbptt.TBPTTModel:
         x = keras.layers.Dropout(FLAGS.dropout)(layer(FLAGS.units, **recurrent)(x))
     if FLAGS.tied:
         logits = embedding(x, reverse=True)
+    elif FLAGS.samples is not None:
+        logits = keras_tbptt.layers.SampledSoftmax(vocabulary, **sampled, **dense)(x)
     else:
         logits = keras.layers.Dense(vocabulary, name="logits", **dense)(x)
     reach = FLAGS.backprop_windows
