@@ -78,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runner.run(main)
+    runner.run(main, large_products=lambda: True)

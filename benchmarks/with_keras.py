@@ -165,7 +165,7 @@ def _build(task: dict[str, Any]) -> Callable[[Any], Any]:
 def main() -> None:
     task = json.loads(sys.argv[1])
     if task["way"] != "keras":
-        runner.use_cores()
+        runner.use_cores(large_products=task["part"] == "language_model")
     keras.utils.set_random_seed(task["seed"])
     parts = {"peak": peak, "lstm": lstm, "reviews": reviews, "memory": memory}
     parts |= {"window_losses": reviews, "language_model": language_model}

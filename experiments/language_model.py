@@ -404,4 +404,4 @@ def print_closing_table(results: dict[str, Any], directory: runner.RunDirectory)
 
 
 if __name__ == "__main__":
-    runner.run(main)
+    runner.run(main, large_products=lambda: FLAGS.unit == "word" or bool(FLAGS.preset))

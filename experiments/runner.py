@@ -61,7 +61,7 @@ flags.DEFINE_float("backup_seconds", 60.0, "Seconds between two checkpoints of t
 _PACKAGES = ("keras_tbptt", "keras", "tensorflow", "tensorflow-datasets", "numpy")
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], large_products: Callable[[], bool] = lambda: False) -> None:
     """Runs an experiment's `main`. An error that a person can fix is printed without a traceback.
 
     A run that is ended by a signal prints the command that resumes it, and exits with the usual
@@ -69,13 +69,14 @@ def run(main: Callable[[], None]) -> None:
 
     Args:
         main: A function without arguments. It is called after the flags are parsed.
+        large_products: Called before it; as in `use_cores`.
     """
 
     def guarded(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"Only flags are allowed. Received: {' '.join(argv[1:])}")
         logging.set_verbosity(logging.WARNING)
-        use_cores()
+        use_cores(large_products())
         # By default, SIGTERM ends the process without a message, and its children run on.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
@@ -93,7 +94,7 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded)
 
 
-def use_cores() -> None:
+def use_cores(large_products: bool = False) -> None:
     """Sets the numbers of TensorFlow's threads. Call it before the first operation.
 
     The matrix products of a recurrent step are small: two threads for one product are slower than
@@ -102,10 +103,16 @@ def use_cores() -> None:
     groups of at least 8 lanes, so the usual 64 lanes keep eight threads busy. Therefore an
     operation gets more than one thread only with 16 cores or more. TensorFlow's environment
     variables take precedence.
+
+    Args:
+        large_products: bool. Whether most of the time goes into products that keep all cores busy
+            by themselves, such as those of a softmax over thousands of words. An operation then
+            gets a thread for each core.
     """
     cores = os.cpu_count() or 1
+    each = cores if large_products else max(1, cores // 8)
     between = int(os.environ.get("TF_NUM_INTEROP_THREADS", cores))
-    within = int(os.environ.get("TF_NUM_INTRAOP_THREADS", max(1, cores // 8)))
+    within = int(os.environ.get("TF_NUM_INTRAOP_THREADS", each))
     tf.config.threading.set_inter_op_parallelism_threads(between)
     tf.config.threading.set_intra_op_parallelism_threads(within)
 
