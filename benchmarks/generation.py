@@ -94,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runner.run(main)
+    runner.run(main, large_products=lambda: True)
