@@ -29,12 +29,12 @@ def evaluate_dynamically(
 
     Each window is scored by the weights as they are, before the model has learnt from it. Then one
     gradient step follows, so that what recurs in a text is better predicted the next time (Krause
-    et al. 2018, "Dynamic evaluation of neural sequence models", section 4). A weight w with the
+    et al. 2018, "Dynamic evaluation of neural sequence models"). A weight w with the
     gradient g, and its value w0 from training, becomes
 
         w - learning_rate * g / (r + epsilon) + decay * min(r / mean(r), 1 / decay) * (w0 - w)
 
-    where r is the root mean square of the weight's gradients over `statistics` (equations 6 to 8).
+    where r is the root mean square of the weight's gradients over `statistics` (the paper's RMS rule).
     Without `statistics` this is gradient descent with decay: w - learning_rate * g
     + decay * (w0 - w).
 
