@@ -34,9 +34,10 @@ def evaluate_dynamically(
 
         w - learning_rate * g / (r + epsilon) + decay * min(r / mean(r), 1 / decay) * (w0 - w)
 
-    where r is the root mean square of the weight's gradients over `statistics` (the paper's RMS rule).
-    Without `statistics` this is gradient descent with decay: w - learning_rate * g
-    + decay * (w0 - w).
+    where r is the root mean square of the weight's gradients over `statistics`: the paper's RMS
+    rule. Without `statistics` this is gradient descent with decay:
+
+        w - learning_rate * g + decay * (w0 - w)
 
     The model runs without dropout, and its gradient reaches over one window, whatever
     `backprop_windows` says. The model is left as it was: weights, state and optimizer, after an
