@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt import _keras
 from keras_tbptt._reporting import output_losses, penalty
 from keras_tbptt._steps import Found, run_window
 from keras_tbptt.data.windows import DocumentWindows
@@ -166,7 +167,8 @@ class _LearnsFromEach(_RunsWithGradient):
         variable = self._model.trainable_variables[index]
         change = -self._rates[index] * gradient
         if self._decay:
-            change += self._decays[index] * (self._trained[index] - variable.value)
+            away = tf.cast(self._trained[index] - variable.value, "float32")
+            change += self._decays[index] * away
         variable.assign_add(tf.cast(change, variable.dtype))
 
 
@@ -188,10 +190,11 @@ def _check(
             "Dynamic evaluation needs a compiled TBPTTModel: call model.compile(loss=...). "
             f"Received: {model!r}"
         )
-    if model.compute_dtype == "float16":
+    half = [each.name for each in _keras.flatten_layers(model) if each.compute_dtype == "float16"]
+    if half:
         raise ValueError(
             "Gradients underflow in float16: build the model in float32 or mixed_bfloat16. "
-            f"Received: a model that computes in {model.compute_dtype}"
+            f"Received: layers {half} that compute in float16"
         )
     for name, given in (("windows", windows), ("statistics", statistics)):
         if given is not None and not (isinstance(given, DocumentWindows) and given.per_step):

@@ -73,14 +73,13 @@ def generate(
     )
     ```
     """
-    model = functional(model)
     _check_arguments(steps, temperature, top_k, top_p, seed)
     generator = _generator_of(model)
     excluded = excluded_ids(generator, vectorizer)
     stop = [] if stop is None else [stop] if isinstance(stop, (str, int, np.integer)) else stop
     if vectorizer is not None:
         prompts, stop = _as_ids(prompts, stop, vectorizer)
-    ids, lengths = _checked_prompts(prompts, model)
+    ids, lengths = _checked_prompts(prompts, generator.model)
     stop = np.asarray(stop, "int32").reshape(-1)
     if stop.size and not 0 <= stop.min() <= stop.max() < generator.classes:
         raise ValueError(
@@ -107,6 +106,7 @@ class _CompiledGenerator(Generator):
 
     def __init__(self, model: keras.Model):
         super().__init__(model)
+        self.model = model
         self.compiled = tf.function(self.run, reduce_retracing=True)
 
 
@@ -114,7 +114,7 @@ def _generator_of(model: keras.Model) -> _CompiledGenerator:
     """The generator of a model, made once, because its graph takes seconds to compile."""
     found = getattr(model, "_tbptt_generator", None)
     if found is None:
-        found = _CompiledGenerator(model)
+        found = _CompiledGenerator(functional(model))
         # Past Keras's attribute tracking: this is no part of the model.
         object.__setattr__(model, "_tbptt_generator", found)
     return found

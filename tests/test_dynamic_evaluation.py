@@ -187,3 +187,19 @@ def test_a_model_for_one_batch_shape_alone_is_refused():
     x = keras_tbptt.layers.LSTM(8, stateful=True, return_sequences=True)(x)
     with pytest.raises(ValueError, match=r"made for one batch shape alone.*\(2, 5\)"):
         TBPTTModel(tokens, keras.layers.Dense(CLASSES)(x)).resized(window=5)
+
+
+def test_a_layer_in_float16_is_refused_and_bfloat16_is_evaluated():
+    windows = DocumentWindows.next_step(text(60), window=4, lanes=1)
+    for policy in ("mixed_float16", "mixed_bfloat16"):
+        keras.config.set_dtype_policy(policy)
+        try:
+            model = language_model()
+        finally:
+            keras.config.set_dtype_policy("float32")
+        if policy == "mixed_float16":
+            with pytest.raises(ValueError, match=r"underflow in float16.*Received: layers \["):
+                evaluate_dynamically(model, windows, learning_rate=0.1)
+        else:
+            found = evaluate_dynamically(model, windows, learning_rate=0.1, decay=0.01)
+            assert np.isfinite(found["loss"])

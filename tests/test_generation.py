@@ -76,6 +76,16 @@ def test_stock_models_and_half_precision_generate():
     assert len(generate(half, PROMPTS, 5)[0]) == 5
 
 
+def test_a_sequential_model_compiles_once():
+    layers = language_model(cls=keras.Model).layers[1:]
+    model = keras.Sequential([keras.Input(batch_shape=(4, 3), dtype="int32"), *layers])
+    first = generate(model, PROMPTS, 4, seed=1)
+    graph = model._tbptt_generator
+    second = generate(model, PROMPTS, 4, seed=1)
+    assert model._tbptt_generator is graph
+    assert [row.tolist() for row in first] == [row.tolist() for row in second]
+
+
 def test_training_and_generation_do_not_disturb_each_other():
     windows = DocumentWindows.next_step(np.arange(200) % 11 + 1, window=3, lanes=4)
 

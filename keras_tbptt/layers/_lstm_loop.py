@@ -134,7 +134,7 @@ def _real_steps_first(x: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
 
 
 def _latest_real(mask: tf.Tensor) -> tf.Tensor:
-    """How many real steps come before the latest one, at each step; 0 where there is none."""
+    """The index of the latest real step among the real steps, at each step; at least 0."""
     return tf.maximum(tf.cumsum(tf.cast(mask, "int32"), axis=1) - 1, 0)
 
 
