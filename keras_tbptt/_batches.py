@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tbptt import _keras
+from keras_tbptt._inputs import ModelInputs, static_layers
 from keras_tbptt._masks import off_time_layers
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.losses import FINAL_LOSSES
@@ -271,28 +272,28 @@ def check_windows(windows: DocumentWindows, model: keras.Model) -> None:
     Raises:
         ValueError: If the model cannot run on them.
     """
-    expected = tuple(model.inputs[0].shape)
-    received = (windows.lanes, windows.window, *windows.feature_shape)
-    if expected != received:
-        raise ValueError(
-            f"The model's batch shape is {expected}, so the windows need "
-            f"lanes={expected[0]}, window={expected[1]} and steps of shape {expected[2:]}. "
-            f"Received: windows of batch shape {received}"
-        )
-    for layer in embeddings_of_ids(model, model.inputs):
-        if windows.max_id is None or windows.max_id >= layer.input_dim:
-            raise ValueError(
-                f"The ids must be integers below the vocabulary of layer {layer.name!r}, "
-                f"input_dim={layer.input_dim}. Received: "
-                + ("floats" if windows.max_id is None else f"id {windows.max_id}")
-            )
-        if layer.mask_zero and windows.min_id == 0:
-            raise ValueError(
-                f"Layer {layer.name!r} has mask_zero=True and takes id 0 for padding, but the "
-                "documents contain it: let ids begin at 1, or leave mask_zero out (a "
-                f"TBPTTModel masks padding by itself). Received: id 0 in {windows!r}"
-            )
-    off = off_time_layers(model, windows.window)
+    form = ModelInputs(model)
+    _check_shapes(windows, form)
+    of_input = " of input {!r}" if form.named else ""
+    for name, tensor in form.tensors.items():
+        smallest, largest = form.by_name(windows.min_id)[name], form.by_name(windows.max_id)[name]
+        for layer in embeddings_of_ids(model, [tensor]):
+            if largest is None or largest >= layer.input_dim or smallest < 0:
+                wrong = (
+                    "floats" if largest is None else f"id {smallest if smallest < 0 else largest}"
+                )
+                raise ValueError(
+                    f"The ids{of_input.format(name)} must be integers below the vocabulary of "
+                    f"layer {layer.name!r}, input_dim={layer.input_dim}. Received: {wrong}"
+                )
+            if layer.mask_zero and smallest == 0 and name not in form.static:
+                raise ValueError(
+                    f"Layer {layer.name!r} has mask_zero=True and takes id 0 for padding, but the "
+                    f"documents{of_input.format(name)} contain it: let ids begin at 1, or leave "
+                    "mask_zero out (a TBPTTModel masks padding by itself). "
+                    f"Received: id 0 in {windows!r}"
+                )
+    off = off_time_layers(model, windows.window, static_layers(model, [*form.static.values()]))
     if windows.has_padding and off:
         raise ValueError(
             "A layer would run over the padding of last windows, because its steps are not the "
@@ -301,16 +302,49 @@ def check_windows(windows: DocumentWindows, model: keras.Model) -> None:
         )
 
 
+def _check_shapes(windows: DocumentWindows, form: ModelInputs) -> None:
+    """Refuses windows that do not have the inputs of the model, each in its shape."""
+    received = windows.batch_shape
+    if not form.named and not isinstance(received, dict):
+        shape = tuple(next(iter(form.tensors.values())).shape)
+        if shape != received:
+            raise ValueError(
+                f"The model's batch shape is {shape}, so the windows need "
+                f"lanes={shape[0]}, window={shape[1]} and steps of shape {shape[2:]}. "
+                f"Received: windows of batch shape {received}"
+            )
+        return
+    expected = {name: tuple(tensor.shape) for name, tensor in form.tensors.items()}
+    if not isinstance(received, dict) or (not form.named and set(received) != set(expected)):
+        raise ValueError(
+            f"The model has the inputs {list(expected)}: give DocumentWindows a dict of documents "
+            f"with these names, and `static`. Received: windows of batch shape {received}"
+        )
+    if expected != received:
+        raise ValueError(
+            f"The model's inputs have the batch shapes {expected}, and the windows must have the "
+            "same names and shapes (see DocumentWindows.keras_inputs). "
+            f"Received: windows of batch shapes {received}"
+        )
+    if set(windows.static_names) != set(form.static):
+        raise ValueError(
+            f"The second axis of a static input must not be as long as the window, {form.window}, "
+            "because the input would be taken for one per step: give it another shape, such as "
+            f"[documents, 1, ...]. Received: windows of batch shapes {received}, "
+            f"static={windows.static_names}"
+        )
+
+
 def _check_classes(windows: DocumentWindows | None, model: keras.Model) -> None:
     """Refuses an output that has no class for an id: a GPU would give NaN for it."""
-    if windows is None or not windows.predicts_next_step or windows.max_id is None:
+    if windows is None or windows.max_next_id is None:
         return
     for output in keras.tree.flatten(model.outputs):
-        if 1 < output.shape[-1] <= windows.max_id:
+        if 1 < output.shape[-1] <= windows.max_next_id:
             raise ValueError(
                 "The output must have a class for each id, because the target of a step is the id "
-                f"after it: give it {windows.max_id + 1} classes. "
-                f"Received: an output of shape {tuple(output.shape)}, id {windows.max_id}"
+                f"after it: give it {windows.max_next_id + 1} classes. "
+                f"Received: an output of shape {tuple(output.shape)}, id {windows.max_next_id}"
             )
 
 

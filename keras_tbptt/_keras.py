@@ -31,6 +31,30 @@ def calls(operation: Any) -> list[list[keras.KerasTensor]]:
     return [list(node.input_tensors) for node in operation._inbound_nodes]
 
 
+def calls_and_outputs(
+    operation: Any,
+) -> list[tuple[list[keras.KerasTensor], list[keras.KerasTensor]]]:
+    """The symbolic tensors that an operation was called on, and what it gave, for each call.
+
+    Args:
+        operation: A layer, model or operation of a functional model.
+    """
+    return [(list(node.input_tensors), list(node.outputs)) for node in operation._inbound_nodes]
+
+
+def takes_initial_state(layer: keras.layers.Layer) -> bool:
+    """Whether a recurrent layer was called with an `initial_state`.
+
+    Args:
+        layer: A layer of a functional model.
+    """
+    calls = [node.arguments for node in layer._inbound_nodes]
+    return any(
+        call.kwargs.get("initial_state") is not None or any(a is not None for a in call.args[1:2])
+        for call in calls
+    )
+
+
 def producer(tensor: keras.KerasTensor) -> Any:
     """The layer, model or operation that a symbolic tensor is an output of.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import keras
@@ -21,7 +21,9 @@ _ALONG_TIME = (keras.layers.RNN, ConcatPooling, keras.layers.GlobalAveragePoolin
 
 
 @contextlib.contextmanager
-def window_mask(model: keras.Model, real: tf.Tensor | None) -> Iterator[None]:
+def window_mask(
+    model: keras.Model, real: tf.Tensor | None, apart: Sequence[Any] = ()
+) -> Iterator[None]:
     """Within this context, the layers of a model get the window's mask, at any depth.
 
     Keras loses a mask at many layers: an `Embedding` without `mask_zero`, a convolution, `x + y`.
@@ -32,6 +34,7 @@ def window_mask(model: keras.Model, real: tf.Tensor | None) -> Iterator[None]:
     Args:
         model: The model that is called within the context.
         real: bool `[lanes, window]`, False for padding and for idle lanes; None for no mask.
+        apart: Layers that get no mask, because they see inputs of whole documents alone.
     """
     if real is None:
         yield
@@ -40,6 +43,8 @@ def window_mask(model: keras.Model, real: tf.Tensor | None) -> Iterator[None]:
     changed = []
     try:
         for layer, mask_for in masks.of_layers(model):
+            if any(layer is one for one in apart):
+                continue
             changed.append(layer)
             # Past Keras's attribute tracking: this is no part of the layer.
             object.__setattr__(layer, "call", _with_mask(layer, mask_for))
@@ -52,12 +57,13 @@ def window_mask(model: keras.Model, real: tf.Tensor | None) -> Iterator[None]:
             object.__delattr__(layer, "call")
 
 
-def off_time_layers(model: keras.Model, window: int) -> list[str]:
+def off_time_layers(model: keras.Model, window: int, apart: Sequence[Any] = ()) -> list[str]:
     """Names of the recurrent layers whose time axis is not the window's, as behind strides.
 
     Args:
         model: A built functional model.
         window: int, steps in a window.
+        apart: As in `window_mask`.
     """
     inside = _inside_time_distributed(model)
     return [
@@ -65,6 +71,7 @@ def off_time_layers(model: keras.Model, window: int) -> list[str]:
         for layer in _keras.flatten_layers(model)
         if isinstance(layer, _ALONG_TIME)
         and layer not in inside
+        and not any(layer is one for one in apart)
         # A layer may have been called in other models, too.
         and all(tensors[0].shape[1] not in (window, None) for tensors in _keras.calls(layer))
         and _keras.calls(layer)

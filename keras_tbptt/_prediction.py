@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from keras_tbptt import _batches
+from keras_tbptt._inputs import ModelInputs
 from keras_tbptt._order import WindowOrder
 from keras_tbptt._saving import SavesStates
 from keras_tbptt._steps import begin_lanes, run_window
@@ -36,14 +37,8 @@ class PredictsDocuments(SavesStates):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.supports_masking = True
-        shapes = [tuple(tensor.shape) for tensor in self.inputs]
-        if len(shapes) != 1 or len(shapes[0]) < 2 or None in shapes[0][:2]:
-            raise ValueError(
-                "The model must have one input of a fixed batch shape: "
-                "keras.Input(batch_shape=(lanes, window)). "
-                f"Received: inputs of shapes {shapes}"
-            )
-        self.lanes, self.window = shapes[0][:2]
+        form = ModelInputs(self)
+        self.lanes, self.window = form.lanes, form.window
         state_variables(self)  # raises an error if there are none
         self.window_order = WindowOrder(self.lanes)
         self.fitted_windows: DocumentWindows | None = None
@@ -77,6 +72,7 @@ class PredictsDocuments(SavesStates):
         verbose: Any = 0,
         lengths: Any = None,
         *,
+        static: Any = None,
         last_step: bool = False,
     ) -> Any:
         """One prediction per document, or one per step for outputs with a time axis.
@@ -90,6 +86,7 @@ class PredictsDocuments(SavesStates):
             offsets: As in `DocumentWindows`.
             verbose: As in `keras.Model.predict`.
             lengths: As in `DocumentWindows`.
+            static: As in `DocumentWindows`.
             last_step: bool. Whether outputs with a time axis are returned at the last step of each
                 document alone. Defaults to False.
 
@@ -109,7 +106,9 @@ class PredictsDocuments(SavesStates):
         """
         if not isinstance(documents, DocumentWindows):
             shape = {"window": self.window, "lanes": self.lanes}
-            documents = DocumentWindows(documents, offsets=offsets, lengths=lengths, **shape)
+            documents = DocumentWindows(
+                documents, static=static, offsets=offsets, lengths=lengths, **shape
+            )
         plan = documents.plan
         rows = self.predict(documents, verbose=verbose)
 
@@ -150,11 +149,34 @@ class PredictsDocuments(SavesStates):
         one.evaluate(test)
         ```
         """
-        given = self.inputs[0]
-        shape = (lanes or self.lanes, window or self.window, *given.shape[2:])
-        steps = keras.Input(batch_shape=shape, dtype=given.dtype, name=given.name)
+        form = ModelInputs(self)
+        shape = (lanes or self.lanes, window or self.window)
+        inputs = []
+        for name, given in form.tensors.items():
+            own = (
+                (*shape[:1], *given.shape[1:])
+                if name in form.static
+                else (*shape, *given.shape[2:])
+            )
+            inputs.append(keras.Input(batch_shape=own, dtype=given.dtype, name=given.name))
+
+        def of_new_window(layer: keras.layers.Layer) -> keras.layers.Layer:
+            config = layer.get_config()
+            # What repeats a static input once a step.
+            if (
+                form.static
+                and isinstance(layer, keras.layers.RepeatVector)
+                and layer.n == self.window
+            ):
+                config["n"] = shape[1]
+            return type(layer).from_config(config)
+
         try:
-            copy = keras.models.clone_model(self, input_tensors=steps)
+            copy = keras.models.clone_model(
+                self,
+                input_tensors=keras.tree.pack_sequence_as(self.input, inputs),
+                clone_function=of_new_window,
+            )
         except Exception as error:
             raise ValueError(
                 "A layer of the model is made for one batch shape alone, such as a Reshape: build "

@@ -69,9 +69,9 @@ def begin_lanes(
     checks = model.window_order.follow(x, aligned) if _batches.has_order(x) else []
     x = _batches.with_all_flags(x, model.lanes, model.window)
     with tf.control_dependencies(checks):
-        x = {name: tf.identity(value) for name, value in x.items()}
-    reset_states(model, x["starts"])
-    return x
+        checked = tf.nest.map_structure(tf.identity, dict(x))
+    reset_states(model, checked["starts"])
+    return checked
 
 
 def pooling_states(model: keras.Model) -> list[bool]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import http.client
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+
+from keras_tbptt._requests import grpc_request, int32, rest_request, serving_extra, shortened
 
 Predict = Callable[[Mapping[str, Any], str], dict[str, np.ndarray]]
 
@@ -20,6 +20,15 @@ class ServingError(Exception):
     """The server refused a request, or its reply is broken.
 
     The message of a refusal is the server's.
+
+    Example:
+
+    ```python
+    try:
+        client.predict({"text": texts})
+    except ServingError as error:
+        print(error)  # "Servable not found for request: Latest(imdb)"
+    ```
     """
 
 
@@ -65,7 +74,7 @@ class RestClient:
         if not isinstance(reply, dict) or reply.get("outputs") is None:
             raise ServingError(
                 f"The server's reply has no `outputs`: check that {self.url} is the address of a "
-                f"TF Serving model. Received: {_shortened(reply)}"
+                f"TF Serving model. Received: {shortened(reply)}"
             )
         outputs = reply["outputs"]
         if not isinstance(outputs, dict):  # the API does not name an output that is alone
@@ -89,7 +98,7 @@ class RestClient:
             except (KeyError, TypeError, ValueError) as error:
                 raise ServingError(
                     f"The server's metadata names no output of signature {signature!r}. "
-                    f"Received: {_shortened(reply)}"
+                    f"Received: {shortened(reply)}"
                 ) from error
         return self._names[signature]
 
@@ -112,7 +121,7 @@ class RestClient:
         except ValueError as error:
             raise ServingError(
                 f"The server's reply is not JSON: check that {self.url} is the address of a "
-                f"TF Serving model. Received: {_shortened(content)}"
+                f"TF Serving model. Received: {shortened(content)}"
             ) from error
 
 
@@ -126,6 +135,13 @@ class GrpcClient:
 
     Raises:
         ImportError: If the extra is not installed.
+
+    Example:
+
+    ```python
+    client = GrpcClient("localhost:8500", "imdb")
+    client.predict({"text": ["I love this film."]})["probability"]
+    ```
     """
 
     def __init__(self, target: str, model: str, timeout: float = 10.0):
@@ -179,6 +195,8 @@ class Session:
 
     Args:
         predict: `RestClient(...).predict` or `GrpcClient(...).predict`.
+        static: Optional dict of names to the values of static inputs, each `[...]`, which go with
+            every piece. Defaults to None: the model has none.
 
     Attributes:
         state: float32 `[1, S]`, or None before the first piece. Set it to a state that was saved,
@@ -193,8 +211,9 @@ class Session:
     ```
     """
 
-    def __init__(self, predict: Predict):
+    def __init__(self, predict: Predict, static: Mapping[str, Any] | None = None):
         self._predict = predict
+        self._static = {name: _narrow(name, v)[None] for name, v in (static or {}).items()}
         self._state: np.ndarray | None = None
 
     @property
@@ -214,14 +233,19 @@ class Session:
         if row is None or row.ndim not in (1, 2) or (row.ndim == 2 and len(row) != 1):
             raise ValueError(
                 "`state` must be the state of one stream, float32 [1, S] or [S], or None. "
-                f"Received: {_shortened(state) if row is None else f'shape {row.shape}'}"
+                f"Received: {shortened(state) if row is None else f'shape {row.shape}'}"
             )
         self._state = row.reshape(1, -1)
 
     def send(
-        self, text: str | bytes | None = None, *, ids: Any = None, features: Any = None
+        self,
+        text: str | bytes | None = None,
+        *,
+        ids: Any = None,
+        features: Any = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> dict[str, np.ndarray]:
-        """Sends the next piece of the stream: text, ids or features, whichever the export takes.
+        """Sends the next piece of the stream, by the argument that the export takes.
 
         An empty piece leaves the state as it is, and the outputs that are not given at every step.
         If the call fails, the session keeps its state, and the piece may be sent again.
@@ -230,6 +254,8 @@ class Session:
             text: Words, in UTF-8 if they are bytes. A piece ends between words.
             ids: Integers `[time]`, for a model of ids.
             features: Numbers `[time, F]`, for a model of features.
+            inputs: dict of names to integers or floats `[time, ...]`, for a model of several inputs
+                per step.
 
         Returns:
             The outputs after the piece, each `[...]` without a batch axis. Outputs that the export
@@ -243,12 +269,14 @@ class Session:
                 0.1 exported without a vectorizer must be exported again.
             OSError: As the client's `predict`.
         """
-        piece, signature = _piece(text, ids, features)
+        piece, signature = _piece(text, ids, features, inputs)
         start = self._state is None
         state = self._state
         if start:
             state = _stream_reply(self._predict({"batch_size": 1}, "initial_state"))[0]
-        reply = self._predict({**piece, "state": state, "start": [start]}, signature)
+        reply = self._predict(
+            {**piece, **self._static, "state": state, "start": [start]}, signature
+        )
         self._state, outputs = _stream_reply(reply, width=state.shape[1])
         return outputs
 
@@ -257,139 +285,49 @@ class Session:
         self._state = None
 
 
-def rest_request(inputs: Mapping[str, Any], signature: str) -> bytes:
-    """Returns the body of a `:predict` request, in the API's column format.
-
-    Args:
-        inputs: Name to array, or to lists of texts (str or bytes).
-        signature: str.
-
-    Raises:
-        ValueError: If an input is neither an array of texts nor one of numbers.
-    """
-    columns = {name: _array(name, value).tolist() for name, value in inputs.items()}
-    body = {"signature_name": signature, "inputs": columns}
-    return json.dumps(body, default=_base64).encode()
-
-
-def grpc_request(model: str, inputs: Mapping[str, Any], signature: str) -> Any:
-    """Returns a `PredictRequest`.
-
-    Args:
-        model: Name of the model.
-        inputs: Name to array, or to lists of texts (str or bytes). Numbers of 64 bits become int32
-            or float32, which exports take.
-        signature: str.
-
-    Raises:
-        ImportError: If the extra `serving` is not installed.
-        ValueError: If an input is neither an array of texts nor one of numbers, or an integer does
-            not fit into int32.
-    """
-    with serving_extra("A gRPC request"):
-        from tensorflow_serving.apis import predict_pb2
-    import tensorflow as tf
-
-    request = predict_pb2.PredictRequest()
-    request.model_spec.name = model
-    request.model_spec.signature_name = signature
-    for name, value in inputs.items():
-        array = _array(name, value)
-        if array.dtype == "int64":
-            array = _int32(name, array)
-        elif array.dtype == "float64":
-            array = array.astype("float32")
-        request.inputs[name].CopyFrom(tf.make_tensor_proto(array))
-    return request
-
-
-@contextlib.contextmanager
-def serving_extra(what: str) -> Iterator[None]:
-    """Imports inside it raise an `ImportError` that names the extra `serving`.
-
-    Args:
-        what: What needs the extra, as the subject of a sentence.
-    """
-    try:
-        yield
-    except ImportError as missing:
-        raise ImportError(
-            f"{what} needs more packages: pip install 'keras-tbptt[serving]'. Received: {missing}"
-        ) from missing
-
-
-def _array(name: str, value: Any) -> np.ndarray:
-    """An input of a request, without NumPy's own strings.
-
-    They are all as long as the longest, take no bytes beside str, and lose NULs at the end.
-    """
-    try:
-        array = np.asarray(value, dtype=None if hasattr(value, "dtype") else object)
-        if array.dtype.kind in "SU":
-            array = array.astype(object)
-        if array.dtype == object and not any(isinstance(v, (str, bytes)) for v in array.flat):
-            array = np.asarray(value)
-    except ValueError as error:  # lists of different lengths
-        raise _not_an_array(name, value) from error
-    if array.dtype != object:
-        return array
-    if not all(isinstance(v, (str, bytes)) for v in array.flat):
-        raise _not_an_array(name, value)
-    texts = np.empty(array.size, dtype=object)
-    texts[:] = [_sendable(text) for text in array.flat]
-    return texts.reshape(array.shape)
-
-
-def _not_an_array(name: str, value: Any) -> ValueError:
-    return ValueError(
-        f"`{name}` must be texts or numbers, in lists of equal length. "
-        f"Received: {_shortened(value)}"
-    )
-
-
-def _sendable(text: str | bytes) -> str | bytes:
-    """A lone surrogate is not UTF-8, so its text is sent as `keras_tbptt.text` encodes it."""
-    if isinstance(text, bytes):
-        return text
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "surrogatepass")
-
-
-def _base64(value: bytes) -> dict[str, str]:
-    return {"b64": base64.b64encode(value).decode()}
-
-
-def _int32(name: str, array: np.ndarray) -> np.ndarray:
-    limits = np.iinfo("int32")
-    if array.size and (array.min() < limits.min or array.max() > limits.max):
-        raise ValueError(
-            f"`{name}` must fit into int32. Received: values from {array.min()} to {array.max()}"
-        )
-    return array.astype("int32")
-
-
-def _piece(text: Any, ids: Any, features: Any) -> tuple[dict[str, Any], str]:
+def _piece(text: Any, ids: Any, features: Any, inputs: Any) -> tuple[dict[str, Any], str]:
     """The inputs of a stream's next piece, but for its state, and the signature that takes them."""
-    pieces = {"text": text, "ids": ids, "features": features}
+    pieces = {"text": text, "ids": ids, "features": features, "inputs": inputs}
     pieces = {name: value for name, value in pieces.items() if value is not None}
     if len(pieces) != 1:
         raise ValueError(
-            "A piece is one of `text`, `ids` and `features`. "
+            "A piece is one of `text`, `ids`, `features` and `inputs`. "
             f"Received: {list(pieces) or 'none of them'}"
         )
     [(name, value)] = pieces.items()
     if name == "text":
         if not isinstance(value, (str, bytes)):
-            raise ValueError(f"`text` must be str or bytes. Received: {_shortened(value)}")
+            raise ValueError(f"`text` must be str or bytes. Received: {shortened(value)}")
         return {"text": [value]}, "stream"
-    steps = _steps(name, value)[None]
-    length = steps.shape[1]
+    if name == "inputs":
+        steps = {key: _narrow(key, each) for key, each in value.items()}
+    else:
+        steps = {name: _steps(name, value)}
+    lengths = {key: len(each) if each.ndim else None for key, each in steps.items()}
+    if len(set(lengths.values())) != 1 or None in lengths.values():
+        raise ValueError(
+            "`inputs` must have at least one input, and a row of each for every step. "
+            f"Received: steps of different numbers {lengths}"
+        )
+    [length] = set(lengths.values())
     if not length:  # JSON has no shape for an empty array
-        steps = np.zeros([1, 1, *steps.shape[2:]], steps.dtype)
-    return {name: steps, "lengths": np.array([length], "int32")}, "stream_tokens"
+        steps = {key: np.zeros([1, *each.shape[1:]], each.dtype) for key, each in steps.items()}
+    columns = {key: each[None] for key, each in steps.items()}
+    return {**columns, "lengths": np.array([length], "int32")}, "stream_tokens"
+
+
+def _narrow(name: str, value: Any) -> np.ndarray:
+    """An input in the dtype that exports take."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        array = np.asarray(None)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(
+            f"`{name}` must be integers or floats, in lists of equal length. "
+            f"Received: {shortened(value)}"
+        )
+    return array.astype("float32") if array.dtype.kind == "f" else int32(name, array)
 
 
 def _steps(name: str, value: Any) -> np.ndarray:
@@ -402,8 +340,8 @@ def _steps(name: str, value: Any) -> np.ndarray:
     except ValueError:  # lists of different lengths
         valid = False
     if not valid:
-        raise ValueError(f"`{name}` must be {meaning}. Received: {_shortened(value)}")
-    return _int32(name, steps) if name == "ids" else steps.astype("float32")
+        raise ValueError(f"`{name}` must be {meaning}. Received: {shortened(value)}")
+    return int32(name, steps) if name == "ids" else steps.astype("float32")
 
 
 def _stream_reply(
@@ -441,7 +379,7 @@ def _without_padding(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _not_an_output(name: str, value: Any) -> ServingError:
     return ServingError(
-        f"Output {name!r} of the server's reply is not an array. Received: {_shortened(value)}"
+        f"Output {name!r} of the server's reply is not an array. Received: {shortened(value)}"
     )
 
 
@@ -452,8 +390,3 @@ def _refusal(error: urllib.error.HTTPError) -> str:
     except (OSError, http.client.HTTPException):
         message = ""
     return message or f"The server refused the request. Received: HTTP {error.code} {error.reason}"
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."

@@ -190,6 +190,11 @@ def gradient_reach(
             "The model needs a loss to take the gradient of: call model.compile(optimizer, loss). "
             f"Received: model {model.name!r} without a loss"
         )
+    if len(model.inputs) > 1:
+        raise ValueError(
+            "The gradient's reach is measured for models of one input. "
+            f"Received: model {model.name!r} with the inputs {[t.name for t in model.inputs]}"
+        )
     window = model.inputs[0].shape[1]
     if not isinstance(documents, DocumentWindows):
         documents = DocumentWindows(

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tbptt import _keras
+from keras_tbptt._inputs import ModelInputs, static_layers
 from keras_tbptt._masks import window_mask
 from keras_tbptt._tensors import of_rank
 
@@ -28,7 +29,8 @@ def stateful_layers(model: keras.Model) -> list[keras.layers.RNN]:
         The layers, in the order of the model.
 
     Raises:
-        ValueError: If there is none, or one runs backwards: later steps are not known yet.
+        ValueError: If there is none, one runs backwards (later steps are not known yet), or one has
+            an `initial_state`.
 
     Example:
 
@@ -49,6 +51,13 @@ def stateful_layers(model: keras.Model) -> list[keras.layers.RNN]:
                 raise ValueError(
                     "A layer with go_backwards=True cannot carry its state from window to window: "
                     "it runs the last step first. Build it with go_backwards=False. "
+                    f"Received: layer {layer.name!r} in model {model.name!r}"
+                )
+            if isinstance(layer, keras.layers.RNN) and _keras.takes_initial_state(layer):
+                raise ValueError(
+                    "A stateful layer must not have an `initial_state`, which would replace the "
+                    "state in every window: give the values to the layer as inputs of each step, "
+                    "with keras.layers.RepeatVector(window). "
                     f"Received: layer {layer.name!r} in model {model.name!r}"
                 )
             if layer not in found:
@@ -308,18 +317,22 @@ def call_masked(model: keras.Model, inputs: Any, training: bool, mask: tf.Tensor
 
     Args:
         model: A built `keras.Model`.
-        inputs: What the model takes.
+        inputs: What the model takes: a tensor, or a dict of tensors.
         training: bool, whether dropout and the like apply.
         mask: bool `[rows, window]`, True for real steps; None where there is no padding.
 
     Returns:
         The model's outputs.
     """
+    masks, apart = mask, []
+    if mask is not None and len(model.inputs) > 1:
+        form = ModelInputs(model)
+        masks, apart = form.masks(mask), static_layers(model, [*form.static.values()])
     # A functional model passes the mask of its inputs on to its layers, yet Keras warns that it
     # would not, unless the model says that it supports masking.
     supported, model.supports_masking = model.supports_masking, True
     try:
-        with window_mask(model, mask):
-            return model(inputs, training=training, mask=mask)
+        with window_mask(model, mask, apart):
+            return model(inputs, training=training, mask=masks)
     finally:
         model.supports_masking = supported

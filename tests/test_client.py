@@ -259,8 +259,8 @@ def test_integers_are_features_too(features):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({}, "one of `text`, `ids` and `features`"),
-        ({"text": "a", "ids": [1]}, "one of `text`, `ids` and `features`"),
+        ({}, "one of `text`, `ids`, `features` and `inputs`"),
+        ({"text": "a", "ids": [1]}, "one of `text`, `ids`, `features` and `inputs`"),
         ({"text": ["a"]}, "`text` must be str or bytes"),
         ({"ids": [[1]]}, "`ids` must be integers"),
         ({"ids": [1.5]}, "`ids` must be integers"),

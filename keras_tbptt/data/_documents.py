@@ -77,12 +77,13 @@ def flatten(
     return values, offsets
 
 
-def check_padding(documents: Any, lengths: Any = None) -> None:
+def check_padding(documents: Any, lengths: Any = None, name: str = "documents") -> None:
     """Refuses one array of documents whose padding would be taken for steps.
 
     Args:
         documents: What the caller gave without `offsets`.
         lengths: What the caller gave as `lengths`.
+        name: str. The argument's name in an error.
 
     Raises:
         ValueError: If `documents` is an array `[documents, longest, ...]`, and without `lengths` a
@@ -99,7 +100,7 @@ def check_padding(documents: Any, lengths: Any = None) -> None:
         raise ValueError(
             "An array of documents may be padded with zeros: give `lengths` (with "
             'padding="post"), or a list of unpadded arrays. If the zeros are real steps, give '
-            f"lengths=np.full({count}, {longest}). Received: documents of shape "
+            f"lengths=np.full({count}, {longest}). Received: {name} of shape "
             f"{tuple(documents.shape)}, {zero.any(axis=1).sum()} of which begin or end with a zero "
             "step"
         )
@@ -109,7 +110,7 @@ def check_padding(documents: Any, lengths: Any = None) -> None:
             row = int(np.argmax(left))
             raise ValueError(
                 "`lengths` needs the padding at the end of each document: "
-                f'`pad_sequences(..., padding="post")`. Received: documents[{row}] of length '
+                f'`pad_sequences(..., padding="post")`. Received: {name}[{row}] of length '
                 f"{lengths[row]} of {longest}, which begins with a zero step and ends with another"
             )
 
@@ -159,11 +160,12 @@ def read_dataset(dataset: tf.data.Dataset, labels: Any) -> tuple[Any, Any]:
     """Reads a finite `tf.data.Dataset` of `document` or `(document, label)`.
 
     Args:
-        dataset: Elements `document` `[T, ...]` or `(document, label)`.
+        dataset: Elements `document` `[T, ...]`, or a dict of inputs, or `(document, label)`.
         labels: What the caller gave as `labels`; None if the dataset holds them.
 
     Returns:
-        The documents: a list, or one array if the dataset's own spec gives all of them one length.
+        The documents: a list, or one array if the dataset's own spec gives all of them one length;
+        for several inputs a dict of these.
         The labels: None, a list, or for several outputs a dict or a tuple of lists.
 
     Raises:
@@ -182,10 +184,8 @@ def read_dataset(dataset: tf.data.Dataset, labels: Any) -> tuple[Any, Any]:
             f"labels={'None' if labels is None else type(labels).__name__}"
         )
     rows = list(dataset.as_numpy_iterator())
-    documents: Any = [row[0] for row in rows] if paired else rows
     spec = dataset.element_spec[0] if paired else dataset.element_spec
-    if rows and isinstance(spec, tf.TensorSpec) and spec.shape.is_fully_defined():
-        documents = np.stack(documents)  # as padded as the array that it was sliced from
+    documents = _in_columns([row[0] for row in rows] if paired else rows, spec)
     if not paired:
         return documents, labels
     ys = [row[1] for row in rows]
@@ -195,6 +195,15 @@ def read_dataset(dataset: tf.data.Dataset, labels: Any) -> tuple[Any, Any]:
     if isinstance(spec, tuple):
         return documents, tuple([y[i] for y in ys] for i in range(len(spec)))
     return documents, ys
+
+
+def _in_columns(rows: list[Any], spec: Any) -> Any:
+    """The documents of a dataset: by their inputs' names, if they have several inputs."""
+    if isinstance(spec, Mapping):
+        return {name: _in_columns([row[name] for row in rows], spec[name]) for name in spec}
+    if rows and isinstance(spec, tf.TensorSpec) and spec.shape.is_fully_defined():
+        return np.stack(rows)  # as padded as the array that it was sliced from
+    return rows
 
 
 def check_values(values: np.ndarray, name: str, ids: bool = False) -> None:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from keras_tbptt.data import _documents as forms
 from keras_tbptt.data import _spans as spans
+from keras_tbptt.data._inputs import StaticInput, StepInput, documents_by_name, static_by_name
 from keras_tbptt.data._packing import IDLE, Plan
-from keras_tbptt.data._targets import TargetForm, kept
+from keras_tbptt.data._targets import TargetForm
 
-# In the place of labels: the target of a step is the step after it.
-NEXT_STEP = object()
+
+class NextStep(NamedTuple):
+    """In the place of labels: the target of a step is the step after it.
+
+    Attributes:
+        target: The name of the input that is the target; None if there is one input.
+    """
+
+    target: str | None
 
 
 class FlatDocuments:
@@ -22,8 +31,9 @@ class FlatDocuments:
 
     Args:
         documents: As in `DocumentWindows`.
-        labels: As in `DocumentWindows`, or `NEXT_STEP`.
+        labels: As in `DocumentWindows`, or `NextStep`.
         weights: As in `DocumentWindows`.
+        static: As in `DocumentWindows`.
         offsets: As in `DocumentWindows`.
         lengths: As in `DocumentWindows`.
         per_step: bool. Whether there is a target per step.
@@ -34,13 +44,14 @@ class FlatDocuments:
         ValueError: As `DocumentWindows`, for these arguments.
 
     Attributes:
-        values: `[rows, ...]`. The steps of all documents.
+        steps: dict of name to `StepInput`: the steps of all documents.
+        static: dict of name to `StaticInput`: what belongs to whole documents.
         begins: int64 `[documents]`. The row of each document's first step.
         lengths: int64 `[documents]`. The steps of each document.
-        targets: As `TargetForm.targets` returns them; with `NEXT_STEP` they are `values`.
+        targets: As `TargetForm.targets` returns them; with `NextStep` they are an input's steps.
         weights: float32 `[documents]`.
         per_step: bool. Whether there is a target per step.
-        next_step: bool. Whether the target of a step is the step after it.
+        next_step: The `StepInput` whose next step is the target; None where labels are given.
     """
 
     def __init__(
@@ -49,58 +60,81 @@ class FlatDocuments:
         labels: Any,
         weights: Any,
         *,
+        static: Any,
         offsets: Any,
         lengths: Any,
         per_step: bool,
         streams: int | None,
     ):
         self.per_step = per_step
-        self.next_step = labels is NEXT_STEP
         if isinstance(documents, tf.data.Dataset):
             documents, labels = forms.read_dataset(documents, labels)
-        values, bounds = forms.flatten(documents, offsets, lengths)
-        if offsets is None:
-            forms.check_padding(documents, lengths)
-        forms.check_values(values, "documents", ids=True)
-        self.values = kept(values)
-        self._filler = forms.first_nonzero(self.values, bounds[0])
-        self._target_origin = -1 if self.next_step else int(bounds[0])
-        form = TargetForm(np.diff(bounds), per_step, offsets, lengths, len(values))
-        self.targets = self.values if self.next_step else form.targets(labels)
+        self._named = isinstance(documents, Mapping)
+        self.steps, bounds = documents_by_name(documents, offsets, lengths)
+        self.static = static_by_name(static, len(bounds) - 1, self.steps if self._named else None)
+        self.next_step = self._input_of(labels) if isinstance(labels, NextStep) else None
+        self._target_origin = int(bounds[0]) if self.next_step is None else -1
+        rows = len(next(iter(self.steps.values())).values)
+        form = TargetForm(np.diff(bounds), per_step, offsets, lengths, rows)
+        self.targets = form.targets(labels) if self.next_step is None else self.next_step.values
+        one_on = self.next_step is not None
         if streams is None:
-            self.begins, self.lengths = spans.documents(bounds, self.next_step)
+            self.begins, self.lengths = spans.documents(bounds, one_on)
             self.weights = form.weights(weights)
         else:
             self._check_streams(weights)
-            self.begins, self.lengths = spans.streams(bounds, self.next_step, streams)
+            self.begins, self.lengths = spans.streams(bounds, one_on, streams)
             self.weights = np.ones(len(self.begins), "float32")
 
-    @functools.cached_property
-    def id_range(self) -> tuple[int, int] | None:
-        """The smallest and the largest id, or None if the documents are floats."""
-        if self.values.dtype.kind == "f":
-            return None
-        parts = [(int(part.min()), int(part.max())) for _, part in forms.chunks(self.values)]
-        smallest, largest = zip(*parts, strict=True)
-        return min(smallest), max(largest)
+    def of_inputs(self, value_of: Any) -> Any:
+        """A value for each input: a dict by the inputs' names, or the value of the only input.
+
+        Args:
+            value_of: A function of a `StepInput` or `StaticInput`.
+        """
+        values = {name: value_of(given) for name, given in {**self.steps, **self.static}.items()}
+        return values if self._named else next(iter(values.values()))
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of documents, targets and weights, in hexadecimal."""
         targets = [t for t in tf.nest.flatten(self.targets) if t is not None]
-        if self.next_step:
+        if self.next_step is not None:
             targets = [np.ones(1, bool)]  # not the documents once more
+            if self._named:
+                targets.append(_as_bytes(self.next_step.name))
         offsets = np.append(self.begins, self.begins[-1:] + self.lengths[-1:])
-        return forms.fingerprint([self.values, offsets, self.weights, *targets])
+        if not self._named:
+            [only] = self.steps.values()
+            return forms.fingerprint([only.values, offsets, self.weights, *targets])
+        inputs = [
+            array
+            for kind in (self.steps, self.static)
+            for name in sorted(kind)
+            for array in (_as_bytes(name), kind[name].values)
+        ]
+        return forms.fingerprint([*inputs, offsets, self.weights, *targets])
+
+    def _input_of(self, labels: NextStep) -> StepInput:
+        """The input whose next step is the target."""
+        if (labels.target is None) == self._named or (
+            self._named and labels.target not in self.steps
+        ):
+            raise ValueError(
+                "`target` names the input whose next step is the target; without named inputs "
+                f"leave it out. Received: target={labels.target!r}, "
+                f"inputs {sorted(self.steps) if self._named else 'without names'}"
+            )
+        return self.steps[labels.target or ""]
 
     def _check_streams(self, weights: Any) -> None:
-        if not self.per_step or self.targets is None or weights is not None:
+        if not self.per_step or self.targets is None or weights is not None or self.static:
             raise ValueError(
                 "`streams=True` runs documents together, so nothing may belong to a whole "
                 "document: give a target per step (per_step=True, or DocumentWindows.next_step), "
-                f"and no `weights`. Received: per_step={self.per_step}, "
+                f"no `weights` and no `static`. Received: per_step={self.per_step}, "
                 f"labels={'None' if self.targets is None else 'given'}, "
-                f"weights={'None' if weights is None else 'given'}"
+                f"weights={'None' if weights is None else 'given'}, static={sorted(self.static)}"
             )
 
     def batch(self, plan: Plan, step: int, window: int) -> tuple:
@@ -118,12 +152,18 @@ class FlatDocuments:
         document, length = plan.document[step], plan.length[step]
         busy = document != IDLE
         first = self.begins[document] + plan.begin[step]
-        # An idle lane repeats a step that is not padding: cuDNN refuses fully masked rows.
-        begin = np.where(busy, first + plan.offset[step], self._filler)
-        real = np.arange(window) < np.maximum(length, 1)[:, None]  # [lanes, window]
-        position = np.where(real, begin[:, None] + np.arange(window), self._filler)
+        position = (first + plan.offset[step])[:, None] + np.arange(window)  # [lanes, window]
+        real = np.arange(window) < np.maximum(length, 1)[:, None]
+        known = real & busy[:, None]
+
+        def rows_of(given: StepInput | StaticInput) -> np.ndarray:
+            if isinstance(given, StaticInput):
+                return given.values[document]
+            # An idle lane repeats a step that is not padding: cuDNN refuses fully masked rows.
+            return padded(given.values, np.where(known, position, given.filler), real)
+
         x = {
-            "inputs": _padded(self.values, position, real),
+            "inputs": self.of_inputs(rows_of),
             "starts": plan.starts[step],
             "ends": plan.ends[step],
             "lengths": length.astype("int32"),
@@ -135,10 +175,8 @@ class FlatDocuments:
         weight = np.where(busy, self.weights[document], 0).astype("float32")
         if self.per_step:
             weight = weight[:, None] * real
-            # Padding and idle lanes repeat a step that may be the last of all: it has no next one.
-            known = real & busy[:, None]
-            position = np.where(known, position - self._target_origin, 0)
-            y = tf.nest.map_structure(lambda t: _padded(t, position, real), self.targets)
+            row = np.where(known, position - self._target_origin, 0)
+            y = tf.nest.map_structure(lambda t: padded(t, row, real), self.targets)
         else:
             y = tf.nest.map_structure(lambda t: t[document], self.targets)
         return x, y, weight.astype("float32")
@@ -150,23 +188,38 @@ class FlatDocuments:
             documents: ints `[rows]`. Which documents.
 
         Returns:
-            `(steps, real, y, weights)`.
+            `(inputs, real, y, weights)`.
         """
         documents = np.asarray(documents)
         begin = self.begins[documents, None]
         end = begin + self.lengths[documents, None]
         position = end + np.arange(-(end - begin).max(), 0)
         real = position >= begin
-        steps = _padded(self.values, np.maximum(position, begin), np.ones_like(real))
+
+        def rows_of(given: StepInput | StaticInput) -> np.ndarray:
+            if isinstance(given, StaticInput):
+                return given.values[documents]
+            return padded(given.values, np.maximum(position, begin), np.ones_like(real))
+
         labelled = end[:, 0] - 1 - self._target_origin if self.per_step else documents
         y = tf.nest.map_structure(
             lambda t: None if t is None else forms.narrow(np.asarray(t[labelled])), self.targets
         )
-        return steps, real, y, self.weights[documents]
+        return self.of_inputs(rows_of), real, y, self.weights[documents]
 
 
-def _padded(values: np.ndarray, position: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Gathers `[lanes, window, ...]` from `values`, zero where a step is not real."""
+def padded(values: np.ndarray, position: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Gathers `[lanes, window, ...]` from `values`, zero where a step is not real.
+
+    Args:
+        values: `[rows, ...]`.
+        position: ints `[lanes, window]`. The row of each step.
+        real: bool `[lanes, window]`.
+    """
     rows = forms.narrow(np.asarray(values[position]))
     rows[~real] = 0
     return rows
+
+
+def _as_bytes(name: str) -> np.ndarray:
+    return np.frombuffer(name.encode(), "uint8")

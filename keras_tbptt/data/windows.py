@@ -7,10 +7,12 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tbptt.data._flat import NEXT_STEP, FlatDocuments
+from keras_tbptt.data._flat import FlatDocuments, NextStep
+from keras_tbptt.data._inputs import StaticInput, StepInput
 from keras_tbptt.data._packing import PACKINGS, Plan
 from keras_tbptt.data._pipeline import WindowPipeline
 from keras_tbptt.losses import WindowLoss, check_window_loss, window_weights
@@ -40,7 +42,8 @@ class DocumentWindows:
             `tf.RaggedTensor`; or a finite `tf.data.Dataset` of `document` or
             `(document, label)`; or, with `offsets`, one flat array `[sum of T]` or
             `[sum of T, F]`, which may be a `numpy.memmap`; or, with `lengths`, a padded array. Id 0
-            is padding to `Embedding(mask_zero=True)`.
+            is padding to `Embedding(mask_zero=True)`. For a model with several inputs per step, a
+            dict of input names to any of these; documents have the same lengths in all of them.
         labels: One label per document: an array `[documents, ...]` (binary, class index, vector
             or regression). With `per_step=True` one target array `[T, ...]` per document, in the
             form of `documents`. For a model with several outputs, a dict of these, or for a list of
@@ -54,6 +57,9 @@ class DocumentWindows:
             `keras.utils.set_random_seed` seeds. `ExactBackup` replaces a drawn seed with the seed
             of the checkpoint when it resumes.
         weights: Optional floats `[documents]` >= 0. How much each document counts. Defaults to 1.
+        static: Optional dict of input names to arrays `[documents, ...]`, integers or floats: what
+            belongs to a whole document, such as a user's id. Its row goes with each window of the
+            document. The documents then need names too: `{"tokens": documents}`.
         offsets: Optional ints `[documents + 1]`: document i is
             `documents[offsets[i]:offsets[i + 1]]`.
         lengths: Optional ints `[documents]` from 1 to `longest`: `documents`, and targets per step,
@@ -107,6 +113,7 @@ class DocumentWindows:
         shuffle: bool = False,
         seed: int | None = None,
         weights: Any = None,
+        static: Any = None,
         offsets: Any = None,
         lengths: Any = None,
         per_step: bool = False,
@@ -130,6 +137,7 @@ class DocumentWindows:
             documents,
             labels,
             weights,
+            static=static,
             offsets=offsets,
             lengths=lengths,
             per_step=self.per_step,
@@ -147,6 +155,7 @@ class DocumentWindows:
         window: int,
         lanes: int,
         streams: bool | None = None,
+        target: str | None = None,
         offsets: Any = None,
         **kwargs: Any,
     ) -> DocumentWindows:
@@ -167,6 +176,7 @@ class DocumentWindows:
                 target of a stream is the first input of the next stream, so each step but the first
                 of all is predicted exactly once. Defaults to None: True for one array `[T]`, else
                 False.
+            target: Optional str. With several inputs, the one whose next step is the target.
             offsets: As in `DocumentWindows`.
             **kwargs: Further arguments of `DocumentWindows`, except `labels` and `per_step`.
 
@@ -190,7 +200,7 @@ class DocumentWindows:
             streams = True if streams is None else streams
         return cls(
             sequences,
-            NEXT_STEP,
+            NextStep(target),
             window=window,
             lanes=lanes,
             streams=bool(streams),
@@ -242,7 +252,13 @@ class DocumentWindows:
     @property
     def predicts_next_step(self) -> bool:
         """Whether the target of a step is the step after it (see `next_step`)."""
-        return self._flat.next_step
+        return self._flat.next_step is not None
+
+    @property
+    def max_next_id(self) -> int | None:
+        """The largest id that is the target of a step, or None if targets are floats or labels."""
+        steps = self._flat.next_step
+        return None if steps is None or steps.id_range is None else steps.id_range[1]
 
     @property
     def has_padding(self) -> bool:
@@ -250,24 +266,52 @@ class DocumentWindows:
         return self.mean_window is not None or bool((self._layout.lengths % self.window).any())
 
     @property
-    def feature_shape(self) -> tuple[int, ...]:
-        """Shape of one step: `()` for ids, `(F,)` for features."""
-        return tuple(self._flat.values.shape[1:])
+    def feature_shape(self) -> Any:
+        """Shape of one step: `()` for ids, `(F,)` for features; with named inputs a dict."""
+        return self._flat.of_inputs(lambda given: tuple(given.values.shape[1:]))
 
     @property
-    def batch_shape(self) -> tuple[int, ...]:
-        """Shape of a batch, for `keras.Input`: `(lanes, window)`, or `(lanes, window, F)`."""
-        return (self.lanes, self.window, *self.feature_shape)
+    def batch_shape(self) -> Any:
+        """Shape of a batch: `(lanes, window)`, or `(lanes, window, F)`; with named inputs a dict.
+
+        A static input has the shape `(lanes, ...)`.
+        """
+        return self._flat.of_inputs(self._batch_shape)
+
+    def keras_inputs(self) -> Any:
+        """New symbolic inputs of a model for these windows.
+
+        Returns:
+            A `keras.Input` with the shape of a batch, int32 or float32; with named inputs a dict of
+            these, by name.
+
+        Example:
+
+        ```python
+        inputs = windows.keras_inputs()  # {"tokens": [lanes, window], "user": [lanes]}
+        x = keras.layers.Embedding(20_000, 100)(inputs["tokens"])
+        ```
+        """
+        return self._flat.of_inputs(
+            lambda given: keras.Input(
+                batch_shape=self._batch_shape(given), dtype=given.dtype, name=given.name or None
+            )
+        )
 
     @property
-    def max_id(self) -> int | None:
-        """The largest id, or None if the documents are floats."""
-        return self._flat.id_range and self._flat.id_range[1]
+    def static_names(self) -> list[str]:
+        """The names of the inputs that belong to whole documents."""
+        return list(self._flat.static)
 
     @property
-    def min_id(self) -> int | None:
-        """The smallest id, or None if the documents are floats."""
-        return self._flat.id_range and self._flat.id_range[0]
+    def max_id(self) -> Any:
+        """The largest id, or None if the documents are floats; with named inputs a dict."""
+        return self._flat.of_inputs(lambda given: given.id_range and given.id_range[1])
+
+    @property
+    def min_id(self) -> Any:
+        """The smallest id, or None if the documents are floats; with named inputs a dict."""
+        return self._flat.of_inputs(lambda given: given.id_range and given.id_range[0])
 
     @property
     def fingerprint(self) -> str:
@@ -318,7 +362,8 @@ class DocumentWindows:
             is a dict of these as `"inputs"` and, each `[lanes]`: `"starts"` and `"ends"` (bool),
             `"lengths"` (int32, real steps of the window), `"positions"` (int32, steps of the
             document before it) and `"totals"` (int32, steps of the document). With `stretch` they
-            refer to the stretch.
+            refer to the stretch. With named inputs the ids or floats are a dict by name, and static
+            inputs are `[lanes, ...]`.
             `y` is `[lanes, ...]`, or `[lanes, window, ...]` with `per_step=True`; for several
             outputs a dict or a tuple of these, as `labels` was.
             `sample_weight` is float32 `[lanes]`, or `[lanes, window]` with `per_step=True`. It is
@@ -350,14 +395,19 @@ class DocumentWindows:
             documents: ints `[rows]`. Which documents.
 
         Returns:
-            `(steps, real, y, weights)`.
-            `steps` is int32 ids `[rows, longest]` or floats `[rows, longest, F]`. A shorter
-            document repeats its first step in front.
+            `(inputs, real, y, weights)`.
+            `inputs` is int32 ids `[rows, longest]` or floats `[rows, longest, F]`. A shorter
+            document repeats its first step in front. With named inputs it is a dict by name, and
+            static inputs are `[rows, ...]`.
             `real` is bool `[rows, longest]`, False for the repeated steps.
             `y` is the labels `[rows, ...]`, with `per_step=True` those of the last steps, or None.
             `weights` is float32 `[rows]`.
         """
         return self._flat.whole(documents)
+
+    def _batch_shape(self, given: StepInput | StaticInput) -> tuple[int, ...]:
+        steps = () if isinstance(given, StaticInput) else (self.window,)
+        return (self.lanes, *steps, *given.values.shape[1:])
 
     @functools.cached_property
     def _plans(self) -> Callable[[tuple[int, int], bool], Plan]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import keras
@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_tbptt import _keras
 from keras_tbptt._batches import embeddings_of_ids
+from keras_tbptt._inputs import ModelInputs
 from keras_tbptt.serving._generation import Generator, excluded_ids
 from keras_tbptt.serving._stream import DocumentRunner, StreamState, at_every_step
 from keras_tbptt.text import WORDLESS, separator_of, standardize
@@ -39,17 +40,18 @@ def signatures(
     """The functions that an export serves, by name (see `export_saved_model`).
 
     Args:
-        model: A functional model with stateful layers and one input `[lanes, window, ...]`.
+        model: A functional model with stateful layers.
         vectorizer: Turns texts into ids; None for a model that does not take text.
         last_step: bool. As in `DocumentRunner`. Defaults to False.
         generation: bool. Whether prompts can be continued. Defaults to False.
 
     Raises:
-        ValueError: If the model has no stateful layer, or as `output_names` and `Generator`.
+        ValueError: If the model has no stateful layer, an input has a name that the export uses,
+            there is text for several inputs per step, or as `output_names` and `Generator`.
     """
     served = _Served(model, vectorizer, last_step)
-    tokens = _graph_function(served.tokens, served.steps, _LENGTHS)
-    stream_tokens = _graph_function(served.stream_tokens, served.steps, _LENGTHS, _STATE, _START)
+    tokens = _graph_function(served.tokens, *served.inputs, _LENGTHS)
+    stream_tokens = _graph_function(served.stream_tokens, *served.inputs, _LENGTHS, _STATE, _START)
     found = {
         "serving_default": tokens,
         "tokens": tokens,
@@ -58,12 +60,12 @@ def signatures(
         "initial_state": _graph_function(served.initial_state, _BATCH_SIZE),
     }
     if vectorizer is not None:
-        found["serving_default"] = _graph_function(served.text, _TEXT)
-        found["stream"] = _graph_function(served.stream_text, _TEXT, _STATE, _START)
+        found["serving_default"] = _graph_function(served.text, _TEXT, *served.static)
+        found["stream"] = _graph_function(served.stream_text, _TEXT, *served.static, _STATE, _START)
     if generation:
         generated = _ServedGeneration(model, vectorizer, served)
         found["generate_tokens"] = _graph_function(
-            generated.tokens, served.steps, _LENGTHS, _STOP_IDS, *_SAMPLING
+            generated.tokens, *served.inputs, _LENGTHS, _STOP_IDS, *_SAMPLING
         )
         if vectorizer is not None:
             found["generate"] = _graph_function(generated.text, _TEXT, _STOP_WORDS, *_SAMPLING)
@@ -79,7 +81,8 @@ class _Served:
         last_step: As in `signatures`.
 
     Attributes:
-        steps: The `tf.TensorSpec` of ids or features.
+        inputs: The `tf.TensorSpec`s of the model's inputs.
+        static: Those of whole documents.
     """
 
     def __init__(
@@ -88,36 +91,44 @@ class _Served:
         vectorizer: keras.layers.TextVectorization | None,
         last_step: bool,
     ):
-        given = model.inputs[0]
-        floats = keras.backend.is_float_dtype(given.dtype)
-        name = "features" if floats else "ids"
-        self.steps = tf.TensorSpec([None, None, *given.shape[2:]], given.dtype, name=name)
+        self._form = ModelInputs(model)
+        specs = {name: _spec(name, self._form) for name in self._form.tensors}
+        self.inputs = [*specs.values()]
+        self.static = [specs[name] for name in self._form.static]
+        _check_names(self.inputs)
+        if vectorizer is not None and len(self._form.steps) > 1:
+            raise ValueError(
+                "A text gives one input per step, so a vectorizer needs a model with one such "
+                f"input, beside static ones. Received: inputs per step {[*self._form.steps]}"
+            )
         self._vectorizer = vectorizer
         self._with_lengths = any(at_every_step(model, last_step))
         own = {"state", "lengths"} if self._with_lengths else {"state"}
         self._names = output_names(model, taken=own)
         self._runner = DocumentRunner(model, last_step)
         self._layout = StreamState(model, last_step)
-        self._embeddings = [] if floats else embeddings_of_ids(model, model.inputs)
+        self._embeddings = {
+            name: embeddings_of_ids(model, [tensor]) for name, tensor in self._form.tensors.items()
+        }
         # What `keras_tbptt.text.standardize` makes of a text without a word.
         self._adds_a_word = vectorizer is not None and len(vectorizer([""])[0]) > 0
 
-    def tokens(self, steps: tf.Tensor, lengths: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Whole documents of ids or features."""
-        outputs, _ = self._runner.run(self.checked(steps, lengths, least=1), lengths)
+    def tokens(self, *given: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Whole documents of ids or features: inputs and lengths."""
+        *inputs, lengths = given
+        outputs, _ = self._runner.run(self.checked(inputs, lengths, least=1), lengths)
         return self._named(outputs, lengths)
 
-    def stream_tokens(
-        self, steps: tf.Tensor, lengths: tf.Tensor, state: tf.Tensor, start: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
-        """The next ids or features of streams."""
-        state = self._checked_state(steps, self.steps.name, state, start)
-        return self._go_on(self.checked(steps, lengths, least=0), lengths, state, start)
+    def stream_tokens(self, *given: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The next ids or features of streams: inputs, lengths, state and start."""
+        *inputs, lengths, state, start = given
+        state = self._checked_state(inputs[0], self.inputs[0].name, state, start)
+        return self._go_on(self.checked(inputs, lengths, least=0), lengths, state, start)
 
-    def text(self, text: tf.Tensor) -> dict[str, tf.Tensor]:
+    def text(self, text: tf.Tensor, *static: tf.Tensor) -> dict[str, tf.Tensor]:
         """Whole texts."""
         ids, lengths = self.as_ids(text)
-        outputs, _ = self._runner.run(ids, lengths)
+        outputs, _ = self._runner.run(self._with_static(ids, static, lengths), lengths)
         return self._named(outputs, lengths)
 
     def as_ids(self, text: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -127,16 +138,16 @@ class _Served:
         check = _require(lengths > 0, "Every text must have at least one step.", lengths)
         return _after([check], tf.cast(ids.to_tensor(), "int32")), lengths
 
-    def stream_text(
-        self, text: tf.Tensor, state: tf.Tensor, start: tf.Tensor
-    ) -> dict[str, tf.Tensor]:
-        """The next text of streams."""
+    def stream_text(self, text: tf.Tensor, *given: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The next text of streams: text, static inputs, state and start."""
+        *static, state, start = given
         state = self._checked_state(text, "text", state, start)
         ids = self._vectorizer(text)
         lengths = tf.cast(ids.row_lengths(), "int32")
         if self._adds_a_word:
             lengths = tf.where(standardize(text) == WORDLESS, 0, lengths)
-        return self._go_on(ids.to_tensor(), lengths, state, start)
+        inputs = self._with_static(ids.to_tensor(), static, lengths)
+        return self._go_on(inputs, lengths, state, start)
 
     def initial_state(self, batch_size: tf.Tensor) -> dict[str, tf.Tensor]:
         """The state before the first step."""
@@ -148,29 +159,49 @@ class _Served:
         return {**named, "lengths": tf.identity(lengths)} if self._with_lengths else named
 
     def _go_on(
-        self, steps: tf.Tensor, lengths: tf.Tensor, state: tf.Tensor, start: tf.Tensor
+        self, inputs: Any, lengths: tf.Tensor, state: tf.Tensor, start: tf.Tensor
     ) -> dict[str, tf.Tensor]:
-        outputs, states = self._runner.run(steps, lengths, *self._layout.unpack(state, start))
+        outputs, states = self._runner.run(inputs, lengths, *self._layout.unpack(state, start))
         return {**self._named(outputs, lengths), "state": self._layout.pack(outputs, states)}
 
-    def checked(self, steps: tf.Tensor, lengths: tf.Tensor, least: int) -> tf.Tensor:
-        """Steps, for use only once they have been checked."""
-        name, time = self.steps.name, tf.shape(steps)[1]
-        inside = (lengths >= least) & (lengths <= time)
-        message = f"`lengths` must lie between {least} and the steps of `{name}`."
-        checks = [_same_rows(name, steps, "lengths", lengths), _require(inside, message, lengths)]
-        if steps.dtype.is_floating:
-            finite = tf.math.is_finite(steps)
-            checks.append(_require(finite, "`features` must be finite.", steps))
-        for embedding in self._embeddings:
+    def checked(self, inputs: Sequence[tf.Tensor], lengths: tf.Tensor, least: int) -> Any:
+        """What the model takes, for use only once it has been checked."""
+        by_name = dict(zip(self._form.tensors, inputs, strict=True))
+        times = tf.stack([tf.shape(by_name[name])[1] for name in self._form.steps])
+        named = " and ".join(f"`{self._spec_of(name).name}`" for name in self._form.steps)
+        inside = (lengths >= least) & (lengths <= tf.reduce_min(times))
+        message = f"`lengths` must lie between {least} and the steps of {named}."
+        checks = [_require(inside, message, lengths)]
+        for name, tensor in by_name.items():
+            checks += self._checks_of(name, tensor, lengths)
+        return self._form.as_given({n: _after(checks, tensor) for n, tensor in by_name.items()})
+
+    def _with_static(self, ids: tf.Tensor, static: Sequence[tf.Tensor], lengths: tf.Tensor) -> Any:
+        """What the model takes, with its static inputs checked."""
+        by_name = dict(zip(self._form.static, static, strict=True))
+        checks = [c for n, tensor in by_name.items() for c in self._checks_of(n, tensor, lengths)]
+        [name] = self._form.steps
+        return self._form.as_given({name: _after(checks, ids), **by_name})
+
+    def _checks_of(self, name: str, given: tf.Tensor, lengths: tf.Tensor) -> list[tf.Operation]:
+        """The checks of one input."""
+        called, static = f"`{self._spec_of(name).name}`", name in self._form.static
+        checks = [_same_rows(called[1:-1], given, "lengths", lengths)]
+        if given.dtype.is_floating:
+            checks.append(_require(tf.math.is_finite(given), f"{called} must be finite.", given))
+            return checks
+        for embedding in self._embeddings[name]:
             largest = embedding.input_dim - 1
-            known = (steps >= 0) & (steps <= largest)
-            checks.append(_require(known, f"`ids` must lie between 0 and {largest}.", steps))
-            if embedding.mask_zero:
-                real = tf.sequence_mask(lengths, time)
-                message = "Id 0 is padding to this model: `ids` must be at least 1."
-                checks.append(_require((steps > 0) | ~real, message, steps))
-        return _after(checks, steps)
+            known = (given >= 0) & (given <= largest)
+            checks.append(_require(known, f"{called} must lie between 0 and {largest}.", given))
+            if embedding.mask_zero and not static:
+                real = tf.sequence_mask(lengths, tf.shape(given)[1])
+                message = f"Id 0 is padding to this model: {called} must be at least 1."
+                checks.append(_require((given > 0) | ~real, message, given))
+        return checks
+
+    def _spec_of(self, name: str) -> tf.TensorSpec:
+        return self.inputs[list(self._form.tensors).index(name)]
 
     def _checked_state(
         self, rows: tf.Tensor, name: str, state: tf.Tensor, start: tf.Tensor
@@ -216,7 +247,7 @@ class _ServedGeneration:
         classes = self._generator.classes
         known = (stop >= 0) & (stop < classes)
         check = _require(known, f"`stop` must lie between 0 and {classes - 1}.", stop)
-        ids = self._served.checked(ids, lengths, least=1)
+        ids = self._served.checked([ids], lengths, least=1)
         texts, drawn = self._run(ids, lengths, _after([check], stop), *sampling)
         return {"ids": texts, "lengths": drawn}
 
@@ -258,6 +289,26 @@ class _ServedGeneration:
             stop,
             tf.constant(self._excluded),
             tf.stack([0, seed]),
+        )
+
+
+def _spec(name: str, form: ModelInputs) -> tf.TensorSpec:
+    """An input of a signature: named after the model's, where the model has several."""
+    tensor = form.tensors[name]
+    if name in form.static:
+        return tf.TensorSpec([None, *tensor.shape[1:]], tensor.dtype, name=name)
+    if not form.named:
+        name = "features" if keras.backend.is_float_dtype(tensor.dtype) else "ids"
+    return tf.TensorSpec([None, None, *tensor.shape[2:]], tensor.dtype, name=name)
+
+
+def _check_names(inputs: Sequence[tf.TensorSpec]) -> None:
+    own = {"text", "lengths", "state", "start", "batch_size", "new_state"}
+    wrong = [spec.name for spec in inputs if spec.name in own or not spec.name.isidentifier()]
+    if wrong:
+        raise ValueError(
+            "The inputs of an export are named after the model's inputs: choose names that are "
+            f"Python identifiers, and none of {sorted(own)}. Received: inputs {wrong}"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_tbptt._inputs import ModelInputs
 from keras_tbptt._tensors import (
     has_time_axis,
     last_real_steps,
@@ -34,11 +35,11 @@ def at_every_step(model: keras.Model, last_step: bool = False) -> list[bool]:
     """Which outputs are given at every step, in the order of `keras.tree.flatten`.
 
     Args:
-        model: A functional model with one input `[lanes, window, ...]`.
+        model: A functional model with stateful layers.
         last_step: bool. Whether outputs with a time axis are given at the last step alone.
             Defaults to False.
     """
-    window = model.inputs[0].shape[1]
+    window = ModelInputs(model).window
     outputs = keras.tree.flatten(model.output)
     return [has_time_axis(output, window) and not last_step for output in outputs]
 
@@ -49,7 +50,7 @@ class DocumentRunner:
     It needs the memory of one window, and that of the outputs.
 
     Args:
-        model: A functional model with stateful layers and one input `[lanes, window, ...]`.
+        model: A functional model with stateful layers.
         last_step: bool. Whether outputs with a time axis are given at the last step alone. Defaults
             to False: they are given at every step.
     """
@@ -57,14 +58,14 @@ class DocumentRunner:
     def __init__(self, model: keras.Model, last_step: bool = False):
         self._model = model
         self._call = explicit_state(model)
-        self._window = model.inputs[0].shape[1]
-        self._step_shape = model.inputs[0].shape[2:]
+        self._inputs = ModelInputs(model)
+        self._window = self._inputs.window
         self._every = at_every_step(model, last_step)
         self._each_step, self._latest = self._split(keras.tree.flatten(model.output))
 
     def run(
         self,
-        steps: tf.Tensor,
+        inputs: Any,
         lengths: tf.Tensor,
         latest: Sequence[tf.Tensor] | None = None,
         states: Sequence[tf.Tensor] | None = None,
@@ -72,7 +73,8 @@ class DocumentRunner:
         """Runs the next steps of each document.
 
         Args:
-            steps: Ids or features `[batch, time, ...]`, right-padded, of any batch and time.
+            inputs: What the model takes, for any batch and time: ids or features
+                `[batch, time, ...]`, right-padded; static inputs `[batch, ...]`.
             lengths: Integers `[batch]`. A document of length 0 is left as it is.
             latest: What each document has come to: the outputs that are not given at every step,
                 flat, each `[batch, ...]`. Defaults to None: zeros.
@@ -84,8 +86,10 @@ class DocumentRunner:
             given at every step are `[batch, time, ...]`, zero at padding. The others and the states
             are `[batch, ...]`, after the last step of each document.
         """
-        batch, time = tf.shape(steps)[0], tf.shape(steps)[1]
-        steps = tf.cast(steps, self._model.inputs[0].dtype)
+        tensors = self._inputs.by_name(inputs)
+        inputs = {n: tf.cast(tensors[n], own.dtype) for n, own in self._inputs.tensors.items()}
+        [first, *_] = self._inputs.steps
+        batch, time = tf.shape(inputs[first])[0], tf.shape(inputs[first])[1]
         lengths = tf.cast(lengths, "int32")
         if latest is None:
             shapes = [without_time_axis(output, self._window) for output in self._latest]
@@ -100,7 +104,7 @@ class DocumentRunner:
         ]
 
         def next_window(index: tf.Tensor, arrays: list, latest: list, states: list) -> tuple:
-            new, *carried = self._run_window(steps, lengths, index * self._window, latest, states)
+            new, *carried = self._run_window(inputs, lengths, index * self._window, latest, states)
             arrays = [array.write(index, one) for array, one in zip(arrays, new, strict=True)]
             return index + 1, arrays, *carried
 
@@ -123,7 +127,7 @@ class DocumentRunner:
 
     def _run_window(
         self,
-        steps: tf.Tensor,
+        inputs: dict[str, tf.Tensor],
         lengths: tf.Tensor,
         start: tf.Tensor,
         latest: list[tf.Tensor],
@@ -132,14 +136,22 @@ class DocumentRunner:
         # Documents that have ended are left out: they cost nothing, and cuDNN refuses fully masked
         # rows.
         rows = tf.where(lengths > start)
-        part = tf.gather_nd(steps[:, start : start + self._window], rows)
-        missing = self._window - tf.shape(part)[1]
-        part = tf.pad(part, [[0, 0], [0, missing], *[[0, 0]] * len(self._step_shape)])
-        part = tf.ensure_shape(part, [None, self._window, *self._step_shape])
         real = tf.minimum(tf.gather_nd(lengths, rows) - start, self._window)
         mask = tf.sequence_mask(real, self._window)
-        # Whatever the request is padded with: an embedding may make a mask of its own, from zeros.
-        part = tf.where(of_rank(mask, part.shape.rank), part, tf.zeros_like(part))
+
+        def of_window(steps: tf.Tensor) -> tf.Tensor:
+            rank, shape = steps.shape.rank, [None, self._window, *steps.shape[2:]]
+            part = tf.gather_nd(steps[:, start : start + self._window], rows)
+            missing = self._window - tf.shape(part)[1]
+            part = tf.ensure_shape(
+                tf.pad(part, [[0, 0], [0, missing], *[[0, 0]] * (rank - 2)]), shape
+            )
+            # Whatever the request is padded with: an embedding may make its own mask, from zeros.
+            return tf.where(of_rank(mask, rank), part, tf.zeros_like(part))
+
+        part = self._inputs.map(
+            self._inputs.as_given(inputs), of_window, lambda static: tf.gather_nd(static, rows)
+        )
         before = [tf.gather_nd(state, rows) for state in states]
         outputs, new_states = self._call(part, before, mask=mask)
         each_step, new_latest = self._split(keras.tree.flatten(outputs))
@@ -174,7 +186,7 @@ class StreamState:
     def __init__(self, model: keras.Model, last_step: bool = False):
         self._model = model
         self._every = at_every_step(model, last_step)
-        window = model.inputs[0].shape[1]
+        window = ModelInputs(model).window
         self._latest = [without_time_axis(t, window) for t in self._latest_of(model.output)]
         self._specs = [(tuple(t.shape[1:]), t.dtype) for t in self._latest]
         self._specs += [(tuple(v.shape[1:]), v.dtype) for v in state_variables(model)]

@@ -14,7 +14,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tbptt._files import partial_directory, write_whole
-from keras_tbptt.client import grpc_request, serving_extra
+from keras_tbptt._inputs import ModelInputs
+from keras_tbptt._requests import grpc_request, serving_extra
 from keras_tbptt.serving._signatures import signatures
 from keras_tbptt.serving._stream import StreamState, functional
 
@@ -56,6 +57,8 @@ def export_saved_model(
     every step of the request, zero at padding. The reply then has `lengths` too, int32 `[batch]`,
     the real steps of each row: for texts, their words. Any other output is `[batch, ...]`, at the
     last step so far. Where the model reads floats, `ids` is `features`, float32 `[batch, time, F]`.
+    A model of several inputs has an input of its own name for each in their place; a static one is
+    `[batch, ...]`, and goes with `text` too, and with every piece of a stream.
     Without a vectorizer no signature takes `text`: `serving_default` does what `tokens` does, and
     `stream` what `stream_tokens` does.
 
@@ -69,8 +72,8 @@ def export_saved_model(
     Several exports into one directory at once each get a version.
 
     Args:
-        model: A functional or `Sequential` model with stateful layers and one input of a fixed
-            window, such as a `TBPTTModel`.
+        model: A functional or `Sequential` model with stateful layers and a fixed window, such as a
+            `TBPTTModel`.
         path: The model's directory, which TF Serving mounts as `/models/<name>`.
         vectorizer: Turns texts into the ids that the model was trained on
             (`keras_tbptt.text.make_vectorizer`); None for a model that does not read text.
@@ -90,9 +93,10 @@ def export_saved_model(
 
     Raises:
         ImportError: If there are warm-up texts and the extra `serving` is not installed.
-        ValueError: If the model has no stateful layer, an output is named `state`, or `lengths`
-            where the reply has it, two outputs have one name, the version already exists, or an
-            argument is out of range.
+        ValueError: If the model has no stateful layer, an input has a name of the export's own,
+            there is a vectorizer for several inputs per step, an output is named `state`, or
+            `lengths` where the reply has it, two outputs have one name, the version already exists,
+            or an argument is out of range.
         OSError: If the directory cannot be written; nothing is left behind then.
 
     Example:
@@ -116,7 +120,7 @@ def export_saved_model(
     served.weights = [weight.value for weight in model.weights]
     served.vectorizer = vectorizer
     served.endpoints = signatures(model, vectorizer, last_step, generation)
-    warmup = _warmup_requests(path.name, warmup_texts, StreamState(model, last_step).width)
+    warmup = _warmup_requests(path.name, warmup_texts, model, StreamState(model, last_step).width)
 
     with contextlib.ExitStack() as stack:
         try:
@@ -219,18 +223,25 @@ def _write_warmup(version: pathlib.Path, requests: Sequence[bytes]) -> None:
             writer.write(request)
 
 
-def _warmup_requests(name: str, texts: Sequence[str], width: int) -> list[bytes]:
+def _warmup_requests(
+    name: str, texts: Sequence[str], model: keras.Model, width: int
+) -> list[bytes]:
     """A `PredictionLog` of every signature that takes text, for each text."""
     if not texts:
         return []
     with serving_extra("`warmup_texts`"):
         from tensorflow_serving.apis import prediction_log_pb2
 
+    static = {
+        name: np.zeros([1, *tensor.shape[1:]], tensor.dtype)
+        for name, tensor in ModelInputs(model).static.items()
+    }
     records = []
     for text in texts:
-        stream = {"text": [text], "state": np.zeros([1, width], "float32"), "start": [True]}
+        given = {"text": [text], **static}
+        stream = {**given, "state": np.zeros([1, width], "float32"), "start": [True]}
         for request in (
-            grpc_request(name, {"text": [text]}, "serving_default"),
+            grpc_request(name, given, "serving_default"),
             grpc_request(name, {"batch_size": 1}, "initial_state"),
             grpc_request(name, stream, "stream"),
         ):

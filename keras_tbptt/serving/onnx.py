@@ -23,7 +23,8 @@ def export_onnx(
     The file does what the signature `stream_tokens` of `export_saved_model` does, with the same
     inputs, any batch and any number of steps: `ids`, int32 `[batch, time]`, or `features`, float32
     `[batch, time, F]`; `lengths`, int32 `[batch]`; `state`, float32 `[batch, S]`, zeros where a
-    stream begins; and `start`, bool `[batch]`. Its outputs are the model's, such as `probability`,
+    stream begins; and `start`, bool `[batch]`. The inputs of a model of several have their own
+    names, and a static input is `[batch, ...]`. Its outputs are the model's, such as `probability`,
     and `new_state`, float32 `[batch, S]`, which is the next call's `state`: in ONNX no output can
     have the name of an input, so `lengths` is not returned either. An output with a time axis is
     `[batch, time, ...]`: every step of the call, zero at padding. Any other is `[batch, ...]`, at
@@ -31,8 +32,7 @@ def export_onnx(
     `keras_tbptt.text.encode` gives the ids.
 
     Args:
-        model: A functional model with stateful layers and one input of a fixed window, such as
-            a `TBPTTModel`.
+        model: A functional model with stateful layers and a fixed window, such as a `TBPTTModel`.
         path: The file, which appears whole or not at all.
         last_step: bool. Whether outputs with a time axis are returned at the last step so far
             alone, `[batch, ...]`. Defaults to False.
@@ -57,8 +57,8 @@ def export_onnx(
     output_names(model, taken={"new_state", *(spec.name for spec in stream.input_signature)})
 
     @tf.function(input_signature=stream.input_signature)
-    def step(steps, lengths, state, start):
-        replies = dict(stream(steps, lengths, state, start))
+    def step(*given):
+        replies = dict(stream(*given))
         replies.pop("lengths", None)  # ONNX allows no output with the name of an input
         return {"new_state": replies.pop("state"), **replies}
 
