@@ -145,6 +145,8 @@ def main() -> None:
 def draw_answer(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Draws a text as its windows, those that the gradient flows through, and the accuracy.
 
+    The answer in words is what the experiment finds with its default flags.
+
     Args:
         rows: Figures of `train_and_test`, with `setting`.
         path: The PNG file.
@@ -206,8 +208,8 @@ def draw_lengths(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
                 axes.plot(values, [y] * len(values), "o", color=colour, alpha=0.6)
                 axes.plot([np.mean(values)], [y], "|", color=colour, markersize=13)
             axes.axvline(0.5, color=figures.MUTED, linewidth=0.8, linestyle="--")
-            axes.set(title=f"{steps} words", xlim=(0.4, 1.05))
-            axes.set_xticks([0.5, 0.75, 1], ["0.5", "0.75", "1"])
+            axes.set(title=f"{steps} words", xlim=(-0.05, 1.05))
+            axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", length=0)
         panels[1].set_xlabel("accuracy (dots: seeds, bar: mean)")

@@ -275,12 +275,12 @@ def draw(points: Sequence[Point], path: pathlib.Path) -> None:
         warnings.filterwarnings("ignore", "Glyph .* missing")  # no font has every character
         axes.axhline(0.5, color=figures.MUTED, linewidth=0.8)
         axes.plot([p.words for p in points], [p.probability for p in points], color=figures.MAIN)
-        axes.plot([final.words], [final.probability], "o", color=figures.MAIN)
+        axes.plot([final.words], [final.probability], "o", color=figures.MAIN, clip_on=False)
         for point in turning_points(points):
             before = points[points.index(point) - 1].probability
             axes.annotate(
                 textwrap.shorten(point.text.strip(string.punctuation + " "), 30),
-                (point.words, (point.probability + before) / 2),
+                (point.words, before),
                 # Beside the curve: above it if the probability falls, and below it if it rises.
                 xytext=(5, 2 if point.probability < before else -11),
                 textcoords="offset points",
