@@ -26,7 +26,7 @@ import tensorflow as tf
 from absl import flags
 
 import keras_tbptt
-from experiments import runner
+from experiments import figures, runner
 
 flags.DEFINE_integer("vocab_size", 20_000, "Ids that the embedding has.", 2)
 flags.DEFINE_integer("embedding", 128, "Size of the embedding.", 1)
@@ -39,7 +39,11 @@ flags.DEFINE_integer("repeats", 15, "How often each way answers each request.", 
 flags.adopt_module_key_flags(runner)
 FLAGS = flags.FLAGS
 
-STYLES = {"export": "-", "predict": ":", "function": "--"}
+STYLES = {
+    "export": ("-", figures.MAIN),
+    "predict": ("-", figures.OTHER),
+    "function": ("--", figures.THIRD),
+}
 
 
 def build_models() -> tuple[keras.Model, keras.Model]:
@@ -144,23 +148,28 @@ def _ask(signature: Callable, **request: Any) -> dict[str, tf.Tensor]:
 
 
 def draw(path: pathlib.Path, points: list[dict[str, float]]) -> None:
-    """Draws latency by length, with a colour for each number of documents."""
-    with runner.figure(path) as axes:
-        for colour, documents in enumerate(dict.fromkeys(p["documents"] for p in points)):
-            same = [p for p in points if p["documents"] == documents]
-            for way, style in STYLES.items():
-                axes.plot(
-                    [p["longest"] for p in same],
-                    [p[way] for p in same],
-                    style,
-                    color=f"C{colour}",
-                    marker=".",
-                    label=f"batch of {documents}" if way == "export" else None,
-                )
-        for way, style in STYLES.items():
-            axes.plot([], [], style, color="grey", label=way)
-        axes.set(xscale="log", yscale="log", xlabel="words of the longest", ylabel="milliseconds")
-        axes.legend(fontsize="small", ncols=2)
+    """Draws latency by length, with a panel for each number of documents.
+
+    Args:
+        path: The PNG file.
+        points: As `measure` returns them.
+    """
+    numbers = list(dict.fromkeys(point["documents"] for point in points))
+    with figures.figure(path, len(numbers), 2.7, sharey=True, squeeze=False) as (panels,):
+        for axes, number in zip(panels, numbers, strict=True):
+            same = [point for point in points if point["documents"] == number]
+            lengths = [point["longest"] for point in same]
+            for way, (style, colour) in STYLES.items():
+                axes.plot(lengths, [point[way] for point in same], style, color=colour, marker=".")
+            axes.set(xscale="log", yscale="log", title=f"batch of {number}")
+            axes.set_xticks(lengths, [str(length) for length in lengths])
+            axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.figure.supxlabel("words of the longest document", fontsize="medium",
+                              color=figures.MUTED)  # fmt: skip
+        axes.figure.supylabel("milliseconds", fontsize="medium", color=figures.MUTED)
+        ends = [(lengths[-1], same[-1][way], way, colour) for way, (_, colour) in STYLES.items()]
+        figures.label_ends(axes, ends)
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ import numpy as np
 import tensorflow as tf
 from absl import flags
 
-from experiments import data, runner
+from experiments import data, figures, runner
 from keras_tbptt import text
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -77,7 +77,12 @@ FLAGS = flags.FLAGS
 
 OURS, STOCK, TORCH = "keras_tbptt", "keras", "torch"
 THREADS = "keras, our settings"
-_COLORS = {OURS: "tab:blue", STOCK: "tab:orange", THREADS: "tab:green", TORCH: "tab:red"}
+_COLOURS = {
+    OURS: figures.MAIN,
+    STOCK: figures.OTHER,
+    THREADS: "#bdbdbd",
+    TORCH: figures.THIRD,
+}
 Task = dict[str, Any]
 
 
@@ -362,35 +367,42 @@ def draw(found: Measurements, directory: runner.RunDirectory) -> None:
         found: The measurements.
         directory: The run's directory.
     """
-    if found.points("lstm"):
-        with runner.figure(directory / "lstm.png") as axes:
-            heights = {
-                way: [np.median(peak_share(found, p, way)) for p in found.points("lstm")]
-                for way in found.ways("lstm")
-            }
-            _bars(axes, found.points("lstm"), heights)
-            axes.set(ylabel="share of the matrix-product peak", xlabel="units x window x lanes")
-    if found.points("reviews"):
-        with runner.figure(directory / "reviews.png") as axes:
-            heights = {
-                way: [
-                    np.median(found.values("reviews", p, way, "tokens_per_second"))
-                    for p in found.points("reviews")
-                ]
-                for way in found.ways("reviews")
-            }
-            _bars(axes, found.points("reviews"), heights)
-            axes.set(ylabel="real words a second")
+    if points := found.points("lstm"):
+        shares = {
+            way: [np.median(peak_share(found, point, way)) for point in points]
+            for way in found.ways("lstm")
+        }
+        label = "share of the matrix-product peak, by units x window x lanes"
+        _draw_dots(directory / "lstm.png", points, shares, label)
+    if points := found.points("reviews"):
+        rates = {
+            way: [
+                np.median(found.values("reviews", point, way, "tokens_per_second"))
+                for point in points
+            ]
+            for way in found.ways("reviews")
+        }
+        _draw_dots(directory / "reviews.png", points, rates, "real words a second")
 
 
-def _bars(axes: Any, points: list[str], heights: dict[str, list[float]]) -> None:
-    width = 0.8 / len(heights)
-    for i, (way, values) in enumerate(heights.items()):
-        axes.bar(np.arange(len(points)) + i * width, values, width, label=way, color=_COLORS[way])
-    axes.set_xticks(np.arange(len(points)) + 0.4 - width / 2, points, rotation=30, ha="right")
-    axes.tick_params(labelsize="small")
-    # The legend is above the axes, so that it hides no bar.
-    axes.legend(fontsize="small", ncols=len(heights), loc="lower center", bbox_to_anchor=(0.5, 1))
+def _draw_dots(
+    path: pathlib.Path, points: list[str], values: dict[str, list[float]], label: str
+) -> None:
+    """Draws a row for each point, with a dot for each way."""
+    rows, largest = np.arange(len(points)), np.max(list(values.values()), axis=0)
+    with figures.figure(path, height=0.8 + 0.26 * len(points)) as axes:
+        axes.hlines(rows, 0, largest, color=figures.FAINT, linewidth=1.5)
+        for way, found in values.items():
+            axes.plot(found, rows, "o", color=_COLOURS[way], markersize=8, label=way)
+        axes.set_yticks(rows, points, color=figures.INK)
+        axes.set(xlabel=label, xlim=(0, 1.04 * largest.max()), ylim=(len(rows) - 0.5, -0.5))
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(visible=False)
+        # The legend is above the axes, so that it hides no dot.
+        axes.legend(ncols=len(values), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0,
+                    handletextpad=0.1, columnspacing=1.2)  # fmt: skip
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ the sentiment. Every way to truncate is trained on these texts, and tested on te
 from __future__ import annotations
 
 import math
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import keras
 import numpy as np
 from absl import flags
 
-from experiments import runner, settings
+from experiments import figures, runner, settings
 from experiments.settings import Setting
 
 flags.DEFINE_integer("documents", 4_000, "Texts to train on.", 64)
@@ -89,7 +90,7 @@ def train_and_test(
     """
     tests = {"trained": write_texts(test_documents, STEPS, 10**6, setting.data)}
     tests |= {str(steps): write_texts(test_documents, steps, 10**6 + steps) for steps in TEST_STEPS}
-    figures: dict[str, list[float]] = {name: [] for name in ("seconds", *tests)}
+    results: dict[str, list[float]] = {name: [] for name in ("seconds", *tests)}
 
     def build():
         tokens = keras.Input(batch_shape=(LANES, setting.window), dtype="int32")
@@ -99,11 +100,11 @@ def train_and_test(
     for seed in seeds:
         train = write_texts(documents, STEPS, seed, setting.data)
         model, seconds = settings.train(build, *train, epochs, LEARNING_RATE, seed)
-        figures["seconds"].append(round(seconds, 1))
+        results["seconds"].append(round(seconds, 1))
         for name, (texts, labels) in tests.items():
             right = (model.predict_documents(texts)[:, 0] > 0.5) == labels
-            figures[name].append(float(np.mean(right)))
-    return figures
+            results[name].append(float(np.mean(right)))
+    return results
 
 
 def main() -> None:
@@ -125,7 +126,8 @@ def main() -> None:
                 "rows": rows,
             }
         )
-    draw(rows, directory / "first_words.png")
+    draw_answer(rows, directory / "first_words.png")
+    draw_lengths(rows, directory / "first_words_lengths.png")
     columns = ("", "as trained", *(f"{n} steps" for n in TEST_STEPS), "seconds", "peak MB")
     table = [
         (
@@ -140,20 +142,81 @@ def main() -> None:
     print(f"run directory: {directory.path}")
 
 
-def draw(rows: list[dict[str, Any]], path: Any) -> None:
-    """Draws accuracy by row and length of text. Each dot is a seed."""
-    with runner.figure(path) as axes:
-        for index, row in enumerate(rows):
-            for bar, steps in enumerate(TEST_STEPS):
-                values, y, colour = row[str(steps)], index + (bar - 1) * 0.25, f"C{bar}"
-                label = f"{steps} steps" if index == 0 else None
-                axes.barh(y, np.mean(values), 0.22, color=colour, alpha=0.5, label=label)
-                axes.plot(values, [y] * len(values), ".", color=colour, markersize=4)
-        axes.axvline(0.5, color="black", linewidth=0.8, linestyle="--")
-        axes.set(yticks=range(len(rows)), yticklabels=[row["setting"] for row in rows],
-                 xlabel="accuracy (dots: seeds)")  # fmt: skip
-        axes.invert_yaxis()
-        axes.legend(fontsize=7, loc="upper right")
+def draw_answer(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Draws a text as its windows, those that the gradient flows through, and the accuracy.
+
+    The answer in words is what the experiment finds with its default flags.
+
+    Args:
+        rows: Figures of `train_and_test`, with `setting`.
+        path: The PNG file.
+    """
+    accuracy = {row["setting"]: np.array(row[str(STEPS)]) for row in rows}
+    windows = [(begin, min(begin + WINDOW, STEPS)) for begin in range(0, STEPS, WINDOW)]
+    # Where each gradient flows, from the step of its loss back to the step where it is cut.
+    ways = {
+        "final_only": ("Loss at the last window only", windows[-1:]),
+        "per_window": ("Loss at every window", windows),
+        "final_only, reach all": ("Loss at the last window, gradient through all", [(0, STEPS)]),
+    }
+    muted = {"color": figures.MUTED, "va": "center"}
+    right = 1.36 * STEPS
+    with figures.figure(path, height=3.5) as axes:
+        axes.set_axis_off()
+        axes.set(xlim=(0, right), ylim=(8.6, -3.3))
+        title = f"Can a {WINDOW}-step window learn from the first words of a {STEPS}-step text?"
+        axes.text(0, -2.7, title, fontsize=10.5, fontweight="bold", in_layout=False)
+        answer = "Yes, if a loss is taken at every window. No, if only at the last one."
+        axes.text(0, -1.7, answer, fontsize=10.5)
+        axes.text(0, -0.5, "I love this", color=figures.THIRD, fontweight="bold", va="center")
+        axes.text(20, -0.5, f"+ {STEPS - 3} words that say nothing", **muted)
+        axes.text(right, -0.5, "accuracy", ha="right", **muted)
+        axes.fill_between([0, 3], -0.1, 8, color=figures.THIRD, alpha=0.3, linewidth=0)
+        for index, (setting, (name, gradients)) in enumerate(ways.items()):
+            y, colour, seeds = 2.8 * index + 1.6, figures.colour_of(setting), accuracy[setting]
+            axes.text(4, y - 0.7, name, color=colour, fontweight="bold")
+            for begin, end in windows:
+                axes.barh(y, end - begin - 0.6, left=begin, color=figures.FAINT)
+            for begin, end in gradients:
+                axes.barh(y, end - begin - 0.6, left=begin, color=colour)
+                axes.annotate("", (begin + 0.5, y), (end - 1, y),
+                              arrowprops={"arrowstyle": "->", "color": "white"})  # fmt: skip
+                axes.plot([end - 0.6], [y], "o", color=colour, markeredgecolor="white",
+                          markersize=9)  # fmt: skip
+            axes.text(right, y - 0.1, f"{seeds.mean():.0%}", color=colour, fontsize=17,
+                      fontweight="bold", ha="right", va="center")  # fmt: skip
+            learned = f"{np.sum(seeds > 0.9)} of {len(seeds)} seeds learn it"
+            axes.text(right, y + 0.85, learned, ha="right", **muted)
+        axes.text(45, 1.6, "no gradient", ha="center", **muted)
+        axes.text(STEPS, 2.5, "loss", ha="center", **muted)
+        for index, (begin, end) in enumerate(windows):
+            axes.text((begin + end) / 2, 8.1, f"window {index + 1}", ha="center", **muted)
+
+
+def draw_lengths(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Draws the accuracy of each row, with a panel for each length of text and a dot per seed.
+
+    Args:
+        rows: Figures of `train_and_test`, with `setting`.
+        path: The PNG file.
+    """
+    names = [row["setting"] for row in rows]
+    with figures.figure(path, len(TEST_STEPS), height=2.7, sharey=True) as panels:
+        for axes, steps in zip(panels, TEST_STEPS, strict=True):
+            for y, row in enumerate(rows):
+                values, colour = row[str(steps)], figures.colour_of(row["setting"])
+                axes.plot(values, [y] * len(values), "o", color=colour, alpha=0.6)
+                axes.plot([np.mean(values)], [y], "|", color=colour, markersize=13)
+            axes.axvline(0.5, color=figures.MUTED, linewidth=0.8, linestyle="--")
+            axes.set(title=f"{steps} words", xlim=(-0.05, 1.05))
+            axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+            axes.spines["left"].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+        panels[1].set_xlabel("accuracy (dots: seeds, bar: mean)")
+        panels[0].set_yticks(range(len(rows)), names)
+        panels[0].invert_yaxis()
+        for label in panels[0].get_yticklabels():
+            label.set_color(figures.colour_of(label.get_text()))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import keras
 from absl import flags
 
 import keras_tbptt
-from experiments import data, runner
+from experiments import data, figures, runner
 from keras_tbptt import text
 from keras_tbptt.data import PACKINGS
 from keras_tbptt.losses import FINAL_LOSSES, WINDOW_LOSSES
@@ -230,20 +230,21 @@ def draw_learning_curve(results: dict[str, Any], path: pathlib.Path) -> None:
     """
     records, best = results["epochs"], results["best_epoch"]
     epochs = [record["epoch"] for record in records]
-    with runner.figure(path, columns=2) as (left, right):
-        for axes, name in ((left, "accuracy"), (right, "loss")):
-            for part, label in (("train", "training windows"), ("valid", "validation reviews")):
+    with figures.figure(path, columns=2, height=2.7) as panels:
+        for axes, name in zip(panels, ("accuracy", "loss"), strict=True):
+            ends = []
+            for part, label, colour in (
+                ("train", "training", figures.OTHER),
+                ("valid", "validation", figures.MAIN),
+            ):
                 values = [record[f"{part}_{name}"] for record in records]
-                axes.plot(epochs, values, marker="o", label=label)
-            value = results[f"test_{name}"]
-            axes.plot([best], [value], "k*", markersize=12, label=f"test reviews: {value:.4f}")
-            axes.set(xlabel="epoch", ylabel=name, xticks=epochs)
-            axes.legend(fontsize="small")
-            axes.grid(alpha=0.3)
-        left.set_title(
-            f"{results['dataset']}, window {results['window']}, {results['window_loss']}",
-            fontsize="medium",
-        )
+                axes.plot(epochs, values, "o-", color=colour)
+                ends.append((epochs[-1], values[-1], label, colour))
+            test = results[f"test_{name}"]
+            axes.plot([best], [test], "*", color=figures.THIRD, markersize=12, zorder=3)
+            ends.append((epochs[-1], test, f"test {test:.4f}", figures.THIRD))
+            axes.set(xlabel="epoch", title=name, xticks=epochs)
+            figures.label_ends(axes, ends)
 
 
 def print_closing_table(results: dict[str, Any], directory: runner.RunDirectory) -> None:

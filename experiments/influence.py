@@ -10,6 +10,7 @@ so a short window gives a gradient with the wrong sign. The optimum is -1/6.
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
 import keras
@@ -18,7 +19,7 @@ import tensorflow as tf
 from absl import flags
 
 import keras_tbptt
-from experiments import runner
+from experiments import figures, runner
 from keras_tbptt.state import explicit_state, initial_states
 
 flags.DEFINE_list("windows", ["1", "10", "20", "30", "40", "50", "100"], "Windows (K).")
@@ -217,22 +218,48 @@ def _end(row: dict[str, Any]) -> str:
     return f"{row['theta'][-1]:.4g}"
 
 
-def draw(rows: list[dict[str, Any]], artbp: dict[str, Any], exact: float, path: Any) -> None:
-    """Draws the sensitivity by window, and the paths of theta."""
-    with runner.figure(path, columns=2) as (left, right):
+def draw(
+    rows: list[dict[str, Any]], artbp: dict[str, Any], exact: float, path: pathlib.Path
+) -> None:
+    """Draws the sensitivity by window, and the paths of theta.
+
+    Args:
+        rows: For each window its `window`, `sensitivity`, `updates` and `theta`.
+        artbp: The same for cuts at random.
+        exact: The exact sensitivity.
+        path: The PNG file.
+    """
+    low, high = -0.24, 0.4
+    with figures.figure(path, columns=2) as (left, right):
         curve = [1, *range(4, 121, 4)]
-        left.plot(curve, [sensitivity(window) for window in curve], color="C0")
-        left.plot([r["window"] for r in rows], [r["sensitivity"] for r in rows], "o")
-        left.axhline(exact, color="black", linestyle="--", linewidth=0.8, label="exact")
-        left.set(xlabel="window K", title="d s0 / d theta over the last K steps")
-        left.legend(fontsize=7)
+        left.plot(curve, [sensitivity(window) for window in curve], color=figures.MAIN)
+        left.plot([r["window"] for r in rows], [r["sensitivity"] for r in rows], "o",
+                  color=figures.MAIN)  # fmt: skip
+        left.axhline(0, color=figures.MUTED, linewidth=0.8)
+        left.text(122, 0.5, "above 0: wrong sign", ha="right", color=figures.MUTED)
+        left.axhline(exact, color=figures.INK, linewidth=1, linestyle="--")
+        left.text(2, exact + 0.5, "exact")
+        left.set(xlabel="window K")
+        right.axhline(OPTIMUM, color=figures.INK, linewidth=1, linestyle="--")
+        ends = [(FLAGS.updates, OPTIMUM, "optimum", figures.INK)]
+        leave: dict[int, list] = {}  # where paths leave the panel, by half of its width
         for row in rows:
-            right.plot(row["updates"], row["theta"], label=f"K = {row['window']}")
-        right.plot(artbp["updates"], artbp["theta"], color="black", label="ARTBP")
-        right.axhline(OPTIMUM, color="black", linestyle="--", linewidth=0.8)
-        right.set(xlabel="updates", title="theta (dashed: the optimum)", ylim=(-0.4, 0.4),
-                  xlim=(0, FLAGS.updates))  # fmt: skip
-        right.legend(fontsize=7)
+            theta, last = np.array(row["theta"]), row["theta"][-1]
+            right.plot(row["updates"], theta, color=figures.MAIN)
+            if last <= high:
+                ends.append((FLAGS.updates, last, f"K = {row['window']}", figures.MAIN))
+            else:
+                begin = row["updates"][np.argmax(theta > high)]
+                leave.setdefault(2 * begin // FLAGS.updates, []).append((begin, row["window"]))
+        for half in leave.values():
+            name = f"K = {', '.join(str(window) for _, window in half)}"
+            right.text(min(half)[0], high, name, va="bottom", color=figures.MAIN)
+        right.plot(artbp["updates"], artbp["theta"], color=figures.THIRD)
+        ends.append((FLAGS.updates, artbp["theta"][-1], "artbp", figures.THIRD))
+        right.set(xlabel="updates", ylim=(low, high), xlim=(0, FLAGS.updates))
+        for axes, title in ((left, "d s0 / d theta over K steps"), (right, "theta")):
+            axes.set_title(title, pad=18)  # above the names of the paths that leave
+        figures.label_ends(right, ends)
 
 
 if __name__ == "__main__":

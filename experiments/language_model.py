@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 import keras_tbptt
-from experiments import runner, running_text
+from experiments import figures, runner, running_text
 from experiments.data import DataUnavailableError
 from keras_tbptt import text
 
@@ -315,7 +315,7 @@ def surprise(model: keras_tbptt.TBPTTModel, ids: np.ndarray) -> tuple[np.ndarray
     Returns:
         `(ids, bits)`: the steps of the passage, and -log2 of their probabilities.
     """
-    length = 30 if FLAGS.unit == "word" else 80
+    length = 30 if FLAGS.unit == "word" else 60
     ids = ids[: 1_000 + length]
     (logits,) = model.predict_documents([ids[:-1]])
     logits = logits[-length:]
@@ -333,19 +333,21 @@ def draw_learning_curve(results: dict[str, Any], path: pathlib.Path) -> None:
     """
     records, best = results["epochs"], results["best_epoch"]
     epochs = [record["epoch"] for record in records]
-    with runner.figure(path) as axes:
-        for part, label in (("train", "training text"), ("valid", "validation text")):
-            axes.plot(epochs, [r[f"{part}_loss"] for r in records], marker="o", label=label)
-        for suffix, marker, label in (("", "k*", "test text"), ("_dynamic", "r*", "dynamic")):
-            if loss := results.get(f"test_loss{suffix}"):
-                axes.plot([best], [loss], marker, markersize=12, label=f"{label}: {loss:.4f}")
-        axes.set(xlabel="epoch", ylabel="loss (nats per step)", xticks=epochs)
-        axes.set_title(
-            f"{results['dataset']}, window {results['window']}, {results['lanes']} lanes",
-            fontsize="medium",
-        )
-        axes.legend(fontsize="small")
-        axes.grid(alpha=0.3)
+    with figures.figure(path) as axes:
+        ends = []
+        for part, label, colour in (
+            ("train", "training", figures.OTHER),
+            ("valid", "validation", figures.MAIN),
+        ):
+            values = [record[f"{part}_loss"] for record in records]
+            axes.plot(epochs, values, "o-", color=colour)
+            ends.append((epochs[-1], values[-1], label, colour))
+        for key, label in (("test_loss", "test"), ("test_loss_dynamic", "dynamic")):
+            if loss := results.get(key):
+                axes.plot([best], [loss], "*", color=figures.THIRD, markersize=12, zorder=3)
+                ends.append((epochs[-1], loss, f"{label} {loss:.4f}", figures.THIRD))
+        axes.set(xlabel="epoch", title="loss (nats per step)", xticks=epochs)
+        figures.label_ends(axes, ends)
 
 
 def draw_surprise(words: list[str], bits: np.ndarray, path: pathlib.Path) -> None:
@@ -353,20 +355,19 @@ def draw_surprise(words: list[str], bits: np.ndarray, path: pathlib.Path) -> Non
 
     Args:
         words: The steps.
-        bits: -log2 of the probability of each.
+        bits: float `[steps]`. -log2 of the probability of each.
         path: The PNG file.
     """
-    places = np.arange(len(words))
-    with runner.figure(path, columns=2, shared=True) as axes:
-        axes.bar(places, bits, color="tab:blue")
-        axes.axhline(bits.mean(), color="black", linewidth=1, label=f"mean: {bits.mean():.2f} bits")
+    places, mean = np.arange(len(words)), float(bits.mean())
+    with figures.figure(path, height=2.6) as axes:
+        axes.bar(places, bits, color=figures.MAIN)
+        axes.axhline(mean, color=figures.INK, linewidth=1, linestyle="--")
         labels = [word.replace("\n", "\u21b5").replace("$", r"\$") for word in words]
         upright = FLAGS.unit == "char"
-        axes.set_xticks(places, labels, rotation=0 if upright else 90, fontsize="small")
-        axes.set(
-            ylabel="surprise (bits)", title="A passage of the test text", xlim=(-1, len(words))
-        )
-        axes.legend(fontsize="small")
+        axes.set_xticks(places, labels, rotation=0 if upright else 90, color=figures.INK)
+        axes.tick_params(axis="x", length=0)
+        axes.set(title="surprise at each step, in bits", xlim=(-0.7, len(words) - 0.3))
+        figures.label_ends(axes, [(len(words) - 0.3, mean, f"mean\n{mean:.2f}", figures.INK)])
 
 
 def print_closing_table(results: dict[str, Any], directory: runner.RunDirectory) -> None:

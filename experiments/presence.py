@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import keras
 import numpy as np
 from absl import flags
 
-from experiments import runner, settings
+from experiments import figures, runner, settings
 from experiments.settings import Setting
 
 flags.DEFINE_integer("documents", 2_000, "Sequences to train on.", 32)
@@ -78,7 +79,7 @@ def train_and_test(
         that is predicted for a sequence without a 1.
     """
     tests = np.concatenate([np.eye(STEPS), np.zeros((1, STEPS))])[..., None].astype("float32")
-    figures: dict[str, list] = {"seconds": [], "found": [], "false_alarm": []}
+    results: dict[str, list] = {"seconds": [], "found": [], "false_alarm": []}
 
     def build():
         steps = keras.Input(batch_shape=(LANES, setting.window, 1))
@@ -88,10 +89,10 @@ def train_and_test(
         train = write_sequences(documents, PLACES[setting.data], seed)
         model, seconds = settings.train(build, *train, epochs, LEARNING_RATE, seed)
         probability = model.predict_documents(list(tests))[:, 0].tolist()
-        figures["seconds"].append(round(seconds, 1))
-        figures["found"].append(probability[:-1])
-        figures["false_alarm"].append(probability[-1])
-    return figures
+        results["seconds"].append(round(seconds, 1))
+        results["found"].append(probability[:-1])
+        results["false_alarm"].append(probability[-1])
+    return results
 
 
 def accuracy_by_position(row: dict[str, Any]) -> np.ndarray:
@@ -144,26 +145,32 @@ def main() -> None:
     print(f"run directory: {directory.path}")
 
 
-def draw(rows: list[dict[str, Any]], path: Any) -> None:
-    """Draws the share of correct answers by position of the 1, with a panel per training set."""
-    with runner.figure(path, columns=len(PLACES)) as panels:
+def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Draws the share of correct answers by position of the 1, with a panel per training set.
+
+    Args:
+        rows: Figures of `train_and_test`, with `setting` and `trained_on`.
+        path: The PNG file.
+    """
+    positions = np.arange(1, STEPS + 1)
+    with figures.figure(path, columns=len(PLACES), height=3.3, sharey=True) as panels:
         for axes, data in zip(panels, PLACES, strict=True):
             chosen = [row for row in rows if row["trained_on"] == data]
-            heat = np.array([accuracy_by_position(row) for row in chosen])
-            image = axes.imshow(heat, vmin=0, vmax=1, aspect="auto", cmap="viridis")
-            axes.axvline(WINDOW - 0.5, color="white", linestyle="--")
-            axes.axvline(STEPS - 0.5, color="white")
-            axes.set(
-                title=f"trained with 1s {'in the ' if data == 'first ten' else ''}{data}",
-                xlabel="position of the 1 (last column: no 1)",
-                xticks=[0, 4, 9, 14, 19],
-                xticklabels=[1, 5, 10, 15, 20],
-                yticks=range(len(chosen)),
-                yticklabels=[row["setting"] for row in chosen],
-            )
-        panels[1].set_yticklabels([])
-        label = "share of seeds that answer correctly"
-        panels[0].figure.colorbar(image, ax=list(panels), label=label)
+            for index, row in enumerate(chosen):
+                shares = accuracy_by_position(row)[:STEPS]
+                axes.bar(positions, 0.7, 0.85, -index, color=figures.FAINT)
+                colour = figures.colour_of(row["setting"])
+                axes.bar(positions, 0.7 * shares, 0.85, -index, color=colour)
+            axes.axvline(WINDOW + 0.5, color=figures.INK, linewidth=1, linestyle=":")
+            axes.set(title=f"1s in training: {data}", xlabel="position of the 1",
+                     xticks=[1, 5, 10, 15, 20])  # fmt: skip
+            axes.grid(visible=False)
+            axes.spines[["left", "bottom"]].set_visible(False)
+            axes.tick_params(length=0)
+        names = [row["setting"] for row in chosen]
+        panels[0].set_yticks([0.35 - index for index in range(len(names))], names)
+        for label in panels[0].get_yticklabels():
+            label.set_color(figures.colour_of(label.get_text()))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What all experiments share: run directories, records, figures and tables."""
+"""What all experiments share: run directories, records and tables."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import importlib.metadata
 import importlib.util
@@ -16,7 +15,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -30,17 +29,14 @@ from keras_tbptt._files import write_whole
 from keras_tbptt.callbacks import BackupError
 
 try:
-    import matplotlib
     from rich import progress
     from rich.console import Console
     from rich.table import Table
 except ImportError as missing:  # before the training, not after it
     sys.exit(
-        "The experiments need packages for figures and tables: run `pip install '.[plots]'` in the "
-        f"clone. Received: {missing}"
+        "The experiments need a package for tables: run `pip install '.[plots]'` in the clone. "
+        f"Received: {missing}"
     )
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 flags.DEFINE_string(
     "run_dir", None, "Directory for everything that the run writes. If not given, a new directory "
@@ -403,19 +399,3 @@ def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     # A file or a pipe has no width, so lines need not be folded.
     console = Console()
     Console(width=None if console.is_terminal else 160).print(table)
-
-
-@contextlib.contextmanager
-def figure(path: pathlib.Path, columns: int = 1, shared: bool = False) -> Iterator[Any]:
-    """Yields the axes of a figure, and saves the figure at the end of the context.
-
-    Args:
-        path: The PNG file.
-        columns: int. How many axes, side by side. Defaults to 1.
-        shared: bool. Whether one wide axes takes the place of the columns. Defaults to False.
-    """
-    size = (5 * columns, 3.6)
-    shape, axes = pyplot.subplots(1, 1 if shared else columns, figsize=size, layout="constrained")
-    yield axes
-    shape.savefig(path, dpi=120)
-    pyplot.close(shape)

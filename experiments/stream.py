@@ -26,7 +26,7 @@ import numpy as np
 import tensorflow as tf
 from absl import flags
 
-from experiments import runner, terminal
+from experiments import figures, runner, terminal
 from experiments.arriving import arrivals, pieces, readable
 from keras_tbptt.client import Predict, Session
 
@@ -270,27 +270,27 @@ def draw(points: Sequence[Point], path: pathlib.Path) -> None:
         points: All points.
         path: The PNG file.
     """
-    with warnings.catch_warnings(), runner.figure(path) as axes:
+    final = points[-1]
+    with warnings.catch_warnings(), figures.figure(path) as axes:
         warnings.filterwarnings("ignore", "Glyph .* missing")  # no font has every character
-        axes.figure.set_size_inches(10, 4)
-        axes.axhline(0.5, color="black", linestyle="--", linewidth=0.8)
-        marker = "o" if len(points) == 1 else None
-        axes.plot([p.words for p in points], [p.probability for p in points], marker=marker)
+        axes.axhline(0.5, color=figures.MUTED, linewidth=0.8)
+        axes.plot([p.words for p in points], [p.probability for p in points], color=figures.MAIN)
+        axes.plot([final.words], [final.probability], "o", color=figures.MAIN, clip_on=False)
         for point in turning_points(points):
             before = points[points.index(point) - 1].probability
             axes.annotate(
                 textwrap.shorten(point.text.strip(string.punctuation + " "), 30),
-                (point.words, (point.probability + before) / 2),
+                (point.words, before),
                 # Beside the curve: above it if the probability falls, and below it if it rises.
-                xytext=(6, 2 if point.probability < before else -12),
+                xytext=(5, 2 if point.probability < before else -11),
                 textcoords="offset points",
                 bbox={"color": "white", "alpha": 0.7, "pad": 1},
                 parse_math=False,
             )
-        axes.set(xlabel="words read", ylabel="probability", ylim=(-0.02, 1.02))
-        axes.set_xlim(0, 1.1 * points[-1].words)  # room for a label at the end
-        axes.set_title(f"{points[-1].probability:.4f} after {points[-1].words:,} words")
-        axes.grid(alpha=0.3)
+        axes.set(xlabel="words read", title="probability", ylim=(-0.02, 1.02))
+        axes.set(xlim=(0, final.words), yticks=[0, 0.25, 0.5, 0.75, 1])
+        end = final.words, final.probability, f"{final.probability:.4f}", figures.MAIN
+        figures.label_ends(axes, [end])
 
 
 if __name__ == "__main__":

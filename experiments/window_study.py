@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
+import pathlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import data, runner
+from experiments import data, figures, runner
 from keras_tbptt.losses import WINDOW_LOSSES
 
 flags.DEFINE_list(
@@ -177,8 +178,14 @@ def main() -> None:
             for cell, future in zip(todo, futures, strict=True):
                 rows.append(future.result())
                 bar.print(f"{cell.key}: {rows[-1]['test_accuracy']:.4f}")
-                figures = {"dataset": FLAGS.data, "epochs": FLAGS.epochs, "cells": rows}
-                directory.write_results({**figures, "cores_per_cell": _cores()})
+                directory.write_results(
+                    {
+                        "dataset": FLAGS.data,
+                        "epochs": FLAGS.epochs,
+                        "cells": rows,
+                        "cores_per_cell": _cores(),
+                    }
+                )
                 bar.advance(task)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -219,40 +226,43 @@ def print_closing_table(rows: list[dict[str, Any]]) -> None:
     runner.print_rows("experiments.window_study", columns, lines)
 
 
-def draw(rows: list[dict[str, Any]], path: Any) -> None:
-    """Draws accuracy and seconds by window, with a line for each window loss."""
-    settings = by_setting(rows)
-    with runner.figure(path, columns=2) as (accuracy, seconds):
+def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Draws the test accuracy by window, with a line for each window loss.
+
+    Args:
+        rows: Figures of `run_cell`.
+        path: The PNG file.
+    """
+    accuracy = {
+        key: float(np.mean([run["test_accuracy"] for run in runs]))
+        for key, runs in by_setting(rows).items()
+    }
+    widths = sorted({int(window) for window, *_ in accuracy if window != "full"})
+    with figures.figure(path, height=3.3) as axes:
+        ends = []
         for loss in WINDOW_LOSSES:
-            own = "all" if loss == "pooled" else 1
-            points = sorted(
-                (int(window), runs)
-                for (window, name, reach), runs in settings.items()
-                if (name, reach) == (loss, own) and window != "full"
-            )
+            points = [(w, accuracy.get((str(w), loss, _own_reach(loss)))) for w in widths]
+            points = [point for point in points if point[1] is not None]
             if points:
-                x = [window for window, _ in points]
-                for axes, name in ((accuracy, "test_accuracy"), (seconds, "train_seconds")):
-                    axes.plot(x, [np.mean([r[name] for r in runs]) for _, runs in points], "o-",
-                              label=loss)  # fmt: skip
-        others = [
-            (key, runs)
-            for key, runs in settings.items()
-            if key[0] == "full" or key[2] != ("all" if key[1] == "pooled" else 1)
-        ]
-        for marker, ((window, loss, reach), runs) in zip("*sD^vP", others, strict=False):
-            x = _FULL * 3 if window == "full" else int(window)
-            label = "whole reviews" if window == "full" else f"{loss}, reach {reach}"
-            for axes, name in ((accuracy, "test_accuracy"), (seconds, "train_seconds")):
-                y = np.mean([run[name] for run in runs])
-                axes.plot([x], [y], marker, color="black", label=label, markersize=8)
-        for axes, title in (
-            (accuracy, "test accuracy"),
-            (seconds, f"training seconds, {FLAGS.epochs} epochs"),
-        ):
-            axes.set(xscale="log", xlabel="window K, words", title=title)
-            axes.grid(alpha=0.3)
-        accuracy.legend(fontsize=7)
+                axes.plot(*zip(*points, strict=True), "o-", color=figures.colour_of(loss))
+                ends.append((*points[-1], loss, figures.colour_of(loss)))
+        for (window, loss, reach), value in accuracy.items():
+            if window == "full":
+                axes.axhline(value, color=figures.EXACT, linewidth=1, linestyle="--")
+                ends.append((max(widths, default=1), value, "full BPTT", figures.EXACT))
+            elif reach != _own_reach(loss):
+                name = f"{loss}, reach {reach}"
+                axes.plot([int(window)], [value], "D", color=figures.colour_of(name))
+                axes.annotate(name, (int(window), value), (-5, -12), textcoords="offset points",
+                              color=figures.colour_of(name), ha="right")  # fmt: skip
+        axes.set(xscale="log", xlabel="window K, words", title="test accuracy")
+        axes.set_xticks(widths, [str(width) for width in widths])
+        axes.minorticks_off()
+        figures.label_ends(axes, ends)
+
+
+def _own_reach(loss: str) -> int | str:
+    return "all" if loss == "pooled" else 1
 
 
 if __name__ == "__main__":
