@@ -67,18 +67,19 @@ def load_exported(model: keras.Model) -> Any:
         return tf.saved_model.load(str(keras_tbptt.export_saved_model(model, folder)))
 
 
-def make_request(documents: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+def make_request(documents: int, longest: int, equal: bool) -> tuple[np.ndarray, np.ndarray]:
     """Random documents. The first one is the longest.
 
     Args:
         documents: int. How many documents.
         longest: int. Words of the longest document.
+        equal: bool. Whether all of them are as long.
 
     Returns:
         int32 ids `[documents, longest]`, right-padded, and int32 lengths `[documents]`.
     """
     rng = np.random.default_rng(FLAGS.seed)
-    lengths = rng.integers(longest if FLAGS.equal else 1, longest + 1, documents, dtype="int32")
+    lengths = rng.integers(longest if equal else 1, longest + 1, documents, dtype="int32")
     lengths[0] = longest
     ids = rng.integers(1, FLAGS.vocab_size, (documents, longest), dtype="int32")
     return np.where(np.arange(longest) < lengths[:, None], ids, 0), lengths
@@ -120,7 +121,7 @@ def measure() -> tuple[list[dict[str, float]], dict[int, float]]:
     points, streams = [], {}
     for documents in map(int, FLAGS.batches):
         for longest in map(int, FLAGS.lengths):
-            ids, lengths = make_request(documents, longest)
+            ids, lengths = make_request(documents, longest, FLAGS.equal)
             request = {"ids": ids, "lengths": lengths}
             ms = median_ms(
                 {
@@ -133,7 +134,7 @@ def measure() -> tuple[list[dict[str, float]], dict[int, float]]:
             words = int(lengths.sum())
             points.append({"documents": documents, "longest": longest, "words": words, **ms})
         piece = {
-            "ids": make_request(documents, FLAGS.window)[0],
+            "ids": make_request(documents, FLAGS.window, equal=True)[0],
             "lengths": np.full(documents, FLAGS.window, "int32"),
             "state": signatures["initial_state"](batch_size=tf.constant(documents))["state"],
             "start": np.zeros(documents, "bool"),

@@ -7,7 +7,7 @@ import nbclient
 import nbformat
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 MAKE = ROOT / "examples" / "notebooks" / "make.py"
 SPEC = importlib.util.spec_from_file_location("make_notebooks", MAKE)
 make = importlib.util.module_from_spec(SPEC)
