@@ -158,7 +158,7 @@ class OneWindow:
             share: How much each row counts, without the weights of documents.
         """
         model = self._model
-        if not model.may_only_run:
+        if not model.may_only_run and "known" not in x:
             return self._learn(x, y, weight, share)
         _build(model.optimizer, model.trainable_variables)
         zero = tf.zeros([], keras.backend.floatx())

@@ -205,6 +205,11 @@ def gradient_reach(
             "The loss needs labels: gradient_reach(model, documents, labels). "
             f"Received: {documents!r} without labels"
         )
+    if documents.has_unknown:
+        raise ValueError(
+            "The loss of each document's last target is needed: leave out documents in which it is "
+            f"not known, weights per step and `lead_in`. Received: {documents!r}"
+        )
     longest = int(documents.lengths.max())
     windows = _grid(longest) if windows is None else _checked(windows)
     stops = np.unique(np.append(np.minimum(windows, longest), longest))

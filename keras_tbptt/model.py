@@ -297,6 +297,8 @@ class TBPTTModel(SamplesClasses):
         learns = plan.ends if self.window_loss in FINAL_LOSSES else plan.length > 0
         if self.burn_in:
             learns = learns & (plan.ends | (plan.offset >= self.burn_in * self.window))
+        if windows.has_unknown:
+            learns = learns & (windows.known > 0)
         return int(learns.any(axis=1).sum())
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
@@ -311,6 +313,7 @@ class TBPTTModel(SamplesClasses):
         x, y, weight = begin(self, data, aligned=self.backprop_windows == "all")
         per_step = _batches.is_per_step(weight)
         share = window_weights(self.window_loss, x, self.window, per_step, self.burn_in)
+        share = _of_known(x, share)
         return self._report(self._learn(x, y, weight * share, share), x, y, weight, share)
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
@@ -325,7 +328,7 @@ class TBPTTModel(SamplesClasses):
         x, y, weight = begin(self, data)
         per_step = _batches.is_per_step(weight)
         counted: WindowLoss = "per_window" if per_step else "final_only"
-        share = window_weights(counted, x, self.window, per_step)
+        share = _of_known(x, window_weights(counted, x, self.window, per_step))
         return self._report(self._evaluate(x, y, weight * share, share), x, y, weight, share)
 
     def evaluates_by(self, step: Callable) -> Callable:
@@ -376,6 +379,11 @@ class TBPTTModel(SamplesClasses):
         """Adds what a step found to the reported loss and the metrics."""
         report(_loss_metric(self), found.loss, found.penalty, share)
         return self.compute_metrics(x["inputs"], y, found.y_pred, weight * share)
+
+
+def _of_known(x: Mapping[str, tf.Tensor], share: tf.Tensor) -> tf.Tensor:
+    """How much each row counts, 0 where its target is not known."""
+    return share * tf.cast(x["known"], share.dtype) if "known" in x else share
 
 
 def _warn_of_idle_lanes(windows: DocumentWindows) -> None:

@@ -206,17 +206,24 @@ def _in_columns(rows: list[Any], spec: Any) -> Any:
     return rows
 
 
-def check_values(values: np.ndarray, name: str, ids: bool = False) -> None:
+def check_values(
+    values: np.ndarray, name: str, ids: bool = False, nan_is_unknown: bool = False
+) -> bool:
     """Refuses what is not a number, what a batch cannot hold, and what would train to nonsense.
 
     Args:
         values: `[rows, ...]`.
         name: str. The argument's name in an error.
         ids: bool. Whether integers are ids. Defaults to False.
+        nan_is_unknown: bool. Whether a row may be NaN, because it is not known. Defaults to False.
+
+    Returns:
+        Whether a row is not known.
 
     Raises:
-        ValueError: If a value is not a number, a float is NaN, infinite or too large for float32,
-            an integer is too large for int32, or an id is negative.
+        ValueError: If a value is not a number, a float is NaN (with `nan_is_unknown`, if a part of
+            a row is), infinite or too large for float32, an integer is too large for int32, or an
+            id is negative.
     """
     if values.dtype.kind not in "biuf":
         remedy = (
@@ -226,10 +233,18 @@ def check_values(values: np.ndarray, name: str, ids: bool = False) -> None:
             "np.unique(names, return_inverse=True)[1]"
         )
         raise ValueError(f"`{name}` must be numbers: {remedy}. Received: dtype={values.dtype}")
+    found = False
     for start, part in chunks(values):
         if part.dtype.kind == "f":
             with np.errstate(over="ignore"):
                 bad, what = ~np.isfinite(narrow(part)), "finite numbers that fit float32"
+            if nan_is_unknown:
+                nan = np.isnan(part)
+                unknown = nan.reshape(len(part), -1).all(axis=1)
+                if (nan.reshape(len(part), -1).any(axis=1) & ~unknown).any():
+                    what = "known as a whole or not at all (NaN in every place)"
+                bad &= ~unknown.reshape(-1, *[1] * (part.ndim - 1))
+                found |= bool(unknown.any())
         else:
             bad = (part < (0 if ids else _INT32.min)) | (part > _INT32.max)
             what = "ids >= 0 that fit int32" if ids else "integers that fit int32"
@@ -238,6 +253,18 @@ def check_values(values: np.ndarray, name: str, ids: bool = False) -> None:
             raise ValueError(
                 f"`{name}` must be {what}. Received: {part[where]} at row {start + where[0]}"
             )
+    return found
+
+
+def known_rows(values: np.ndarray) -> np.ndarray:
+    """bool `[rows]`: whether a row is known.
+
+    Args:
+        values: `[rows, ...]`, of which a row is NaN as a whole or not at all.
+    """
+    if values.dtype.kind != "f":
+        return np.ones(len(values), bool)
+    return ~np.isnan(values.reshape(len(values), -1)[:, 0])
 
 
 def narrow(values: np.ndarray) -> np.ndarray:

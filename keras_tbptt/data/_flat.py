@@ -37,6 +37,7 @@ class FlatDocuments:
         offsets: As in `DocumentWindows`.
         lengths: As in `DocumentWindows`.
         per_step: bool. Whether there is a target per step.
+        lead_in: As in `DocumentWindows`.
         streams: Optional int. The number of streams that all documents are cut into. Each stream
             is then a document. None keeps the documents.
 
@@ -51,6 +52,7 @@ class FlatDocuments:
         targets: As `TargetForm.targets` returns them; with `NextStep` they are an input's steps.
         weights: float32 `[documents]`.
         per_step: bool. Whether there is a target per step.
+        has_unknown: bool. Whether some targets are not known, so that they count nowhere.
         next_step: The `StepInput` whose next step is the target; None where labels are given.
     """
 
@@ -64,6 +66,7 @@ class FlatDocuments:
         offsets: Any,
         lengths: Any,
         per_step: bool,
+        lead_in: Any,
         streams: int | None,
     ):
         self.per_step = per_step
@@ -80,11 +83,15 @@ class FlatDocuments:
         one_on = self.next_step is not None
         if streams is None:
             self.begins, self.lengths = spans.documents(bounds, one_on)
-            self.weights = form.weights(weights)
+            self.weights, self._step_weights = form.weights(weights)
         else:
             self._check_streams(weights)
             self.begins, self.lengths = spans.streams(bounds, one_on, streams)
-            self.weights = np.ones(len(self.begins), "float32")
+            self.weights, self._step_weights = np.ones(len(self.begins), "float32"), None
+        self._lead_in = _checked_lead_in(lead_in, self.lengths, per_step and streams is None)
+        zero = self._step_weights is not None and bool((self._step_weights == 0).any())
+        self.has_unknown = form.missing or zero or self._lead_in is not None
+        self._check_known(form.missing)
 
     def of_inputs(self, value_of: Any) -> Any:
         """A value for each input: a dict by the inputs' names, or the value of the only input.
@@ -103,6 +110,7 @@ class FlatDocuments:
             targets = [np.ones(1, bool)]  # not the documents once more
             if self._named:
                 targets.append(_as_bytes(self.next_step.name))
+        targets += [a for a in (self._step_weights, self._lead_in) if a is not None]
         offsets = np.append(self.begins, self.begins[-1:] + self.lengths[-1:])
         if not self._named:
             [only] = self.steps.values()
@@ -173,13 +181,59 @@ class FlatDocuments:
         if self.targets is None:
             return (x,)
         weight = np.where(busy, self.weights[document], 0).astype("float32")
+        counted = busy
         if self.per_step:
             weight = weight[:, None] * real
             row = np.where(known, position - self._target_origin, 0)
             y = tf.nest.map_structure(lambda t: padded(t, row, real), self.targets)
+            counted = known
+            if self._step_weights is not None:
+                weight = weight * padded(self._step_weights, row, real)
+                counted = counted & (weight > 0)
+            if self._lead_in is not None:
+                step = (plan.begin[step] + plan.offset[step])[:, None] + np.arange(window)
+                counted = counted & (step >= self._lead_in[document, None])
         else:
             y = tf.nest.map_structure(lambda t: t[document], self.targets)
+        if self.has_unknown:
+            for target in tf.nest.flatten(y):
+                counted = counted & _known(target, counted.ndim)
+            y = tf.nest.map_structure(_without_nan, y)
+            x["known"] = counted
+            weight = weight * counted
         return x, y, weight.astype("float32")
+
+    def counts(self, plan: Plan, window: int) -> np.ndarray:
+        """How many targets count in each window, int64 `[windows, lanes]` (see `known`).
+
+        Args:
+            plan: `Plan`.
+            window: int. Steps in a window.
+        """
+        found = np.zeros(plan.document.shape, "int64")
+        for step in range(len(found)):
+            if self.has_unknown:
+                known = self.batch(plan, step, window)[0]["known"]
+                found[step] = known.sum(axis=1) if self.per_step else known
+            else:
+                length = plan.length[step]
+                found[step] = length if self.per_step else length > 0
+        return found
+
+    def _check_known(self, missing: bool) -> None:
+        """Refuses targets of which none is known, or each output's are known in other places."""
+        if not missing:
+            return
+        patterns = [forms.known_rows(np.asarray(t)) for t in tf.nest.flatten(self.targets)]
+        if not patterns[0].any():
+            raise ValueError(
+                "At least one target must be known. Received: labels of which every one is NaN"
+            )
+        if any((pattern != patterns[0]).any() for pattern in patterns[1:]):
+            raise ValueError(
+                "Where a target is NaN, the targets of all outputs must be: an output cannot be "
+                "left out alone. Received: labels of several outputs that are NaN in other places"
+            )
 
     def whole(self, documents: Any) -> tuple:
         """Whole documents side by side, aligned at their ends (see `DocumentWindows.whole`).
@@ -219,6 +273,33 @@ def padded(values: np.ndarray, position: np.ndarray, real: np.ndarray) -> np.nda
     rows = forms.narrow(np.asarray(values[position]))
     rows[~real] = 0
     return rows
+
+
+def _known(target: np.ndarray, rank: int) -> np.ndarray:
+    """bool `[lanes]`, or `[lanes, window]` with `rank` 2: which targets of a batch are known."""
+    if target.dtype.kind != "f":
+        return np.ones(target.shape[:rank], bool)
+    return ~np.isnan(target.reshape(*target.shape[:rank], -1)[..., 0])
+
+
+def _without_nan(target: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(target, copy=False) if target.dtype.kind == "f" else target
+
+
+def _checked_lead_in(lead_in: Any, lengths: np.ndarray, possible: bool) -> np.ndarray | None:
+    """How many steps of each document only give the state a start, int64 `[documents]`."""
+    if lead_in is None:
+        return None
+    found = np.asarray(lead_in)
+    whole = found.dtype.kind in "iu" and found.shape in ((), lengths.shape)
+    if not possible or not whole or (found < 0).any() or (found >= lengths).any():
+        raise ValueError(
+            "`lead_in` must be how many steps come before the first that counts: an integer from 0 "
+            "to less than each document's steps, or one per document. It needs a target per step, "
+            f"and documents without streams=True. Received: lead_in={lead_in!r}, documents of "
+            f"{lengths.min()} to {lengths.max()} steps, a target per step: {possible}"
+        )
+    return np.broadcast_to(found, lengths.shape).astype("int64")
 
 
 def _as_bytes(name: str) -> np.ndarray:

@@ -19,13 +19,18 @@ class TargetForm:
         offsets: As in `DocumentWindows`.
         lengths: As in `DocumentWindows`.
         rows: int. The rows of the flat array of documents.
+
+    Attributes:
+        missing: bool. Whether a target that was checked is not known.
     """
 
     def __init__(self, steps: np.ndarray, per_step: bool, offsets: Any, lengths: Any, rows: int):
         self._steps = steps
         self._offsets, self._lengths = offsets, lengths
         self._take = self._per_step if per_step else self._labels
+        self._per_step_given = per_step
         self._rows = len(steps) if offsets is None or not per_step else rows
+        self.missing = False
 
     def targets(self, labels: Any) -> Any:
         """Checks labels or targets.
@@ -45,22 +50,36 @@ class TargetForm:
             return tuple(self._take(v, f"labels[{i}]") for i, v in enumerate(labels))
         return self._take(labels, "labels")
 
-    def weights(self, weights: Any) -> np.ndarray:
-        """Checks the weights of documents.
+    def weights(self, weights: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        """Checks weights.
 
         Args:
-            weights: Floats `[documents]`, or None for 1 each.
+            weights: As in `DocumentWindows`.
+
+        Returns:
+            The weight of each document, float32 `[documents]`; and, if they were given per step,
+            that of each step, float32 `[sum of T]`, else None.
         """
         documents = len(self._steps)
+        ones = np.ones(documents, "float32")
         if weights is None:
-            return np.ones(documents, "float32")
+            return ones, None
+        array = forms.as_array(weights)
+        if self._per_step_given and not (array is not None and array.shape == (documents,)):
+            flat = self._per_step(weights, "weights")
+            if flat.ndim != 1 or (flat < 0).any() or not np.isfinite(flat).all():
+                raise ValueError(
+                    "`weights` per step must be one finite number >= 0 per step. "
+                    f"Received: weights of shape {flat.shape}, min={flat.min(initial=0)}"
+                )
+            return ones, flat.astype("float32")
         weights = np.asarray(weights, "float32")
         if weights.shape != (documents,) or not np.isfinite(weights).all() or (weights < 0).any():
             raise ValueError(
                 f"`weights` must be one finite number >= 0 per document ({documents} documents). "
                 f"Received: weights of shape {weights.shape}, min={weights.min(initial=0)}"
             )
-        return weights
+        return weights, None
 
     def _labels(self, labels: Any, name: str) -> np.ndarray:
         """One label per document, `[documents, ...]`."""
@@ -76,7 +95,7 @@ class TargetForm:
                 f"`{name}` must have one label per document ({len(self._steps)} documents). "
                 f"Received: labels of shape {labels.shape}"
             )
-        forms.check_values(labels, name)
+        self.missing |= forms.check_values(labels, name, nan_is_unknown=True)
         return forms.narrow(labels)
 
     def _per_step(self, targets: Any, name: str) -> np.ndarray:
@@ -89,7 +108,7 @@ class TargetForm:
                 f"{np.diff(offsets).sum()} steps"
             )
         values = values[offsets[0] : offsets[-1]]
-        forms.check_values(values, name)
+        self.missing |= forms.check_values(values, name, nan_is_unknown=True)
         return kept(values)
 
 

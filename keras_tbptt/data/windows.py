@@ -47,8 +47,8 @@ class DocumentWindows:
         labels: One label per document: an array `[documents, ...]` (binary, class index, vector
             or regression). With `per_step=True` one target array `[T, ...]` per document, in the
             form of `documents`. For a model with several outputs, a dict of these, or for a list of
-            outputs a tuple of these: a list has one entry per document. Defaults to None: the
-            windows are for prediction.
+            outputs a tuple of these: a list has one entry per document. A float target that is NaN
+            is not known: it counts nowhere. Defaults to None: the windows are for prediction.
         window: int >= 1. Steps in a window (K).
         lanes: int >= 1. Rows in a batch. If there are more lanes than documents, some are idle.
         packing: `"packed"` or `"aligned"`. Defaults to `"packed"`.
@@ -56,7 +56,9 @@ class DocumentWindows:
         seed: int >= 0. Defaults to None: it is drawn from Python's `random`, which
             `keras.utils.set_random_seed` seeds. `ExactBackup` replaces a drawn seed with the seed
             of the checkpoint when it resumes.
-        weights: Optional floats `[documents]` >= 0. How much each document counts. Defaults to 1.
+        weights: Optional floats `[documents]` >= 0. How much each document counts. With
+            `per_step=True` they may also be one per step, in the form of `documents`: a step of
+            weight 0, or False in a mask, counts nowhere. Defaults to 1.
         static: Optional dict of input names to arrays `[documents, ...]`, integers or floats: what
             belongs to a whole document, such as a user's id. Its row goes with each window of the
             document. The documents then need names too: `{"tokens": documents}`.
@@ -67,6 +69,10 @@ class DocumentWindows:
             `documents[i, :lengths[i]]`. An array that begins or ends a document with a zero step is
             refused without `lengths`, because that step may be padding.
         per_step: bool. Whether `labels` holds a target per step. Defaults to False.
+        lead_in: Optional int >= 0, or ints `[documents]`: the first steps of each document, which
+            only give the state a start and count nowhere. A validation series that follows the
+            training series in time is both, one after the other, with the training part as its
+            lead-in. Needs a target per step. Defaults to None: every step counts.
         streams: bool. Whether all documents are run together, as one long sequence, and cut into
             `lanes` contiguous streams of equal length, up to one step. Each stream is then a
             document. Within a stream the state is carried from one document to the next. Every
@@ -117,6 +123,7 @@ class DocumentWindows:
         offsets: Any = None,
         lengths: Any = None,
         per_step: bool = False,
+        lead_in: Any = None,
         streams: bool = False,
         mean_window: int | None = None,
         stretch: int | None = None,
@@ -141,6 +148,7 @@ class DocumentWindows:
             offsets=offsets,
             lengths=lengths,
             per_step=self.per_step,
+            lead_in=lead_in,
             streams=self.lanes if streams else None,
         )
         self._layout = PACKINGS[packing](
@@ -261,6 +269,19 @@ class DocumentWindows:
         return None if steps is None or steps.id_range is None else steps.id_range[1]
 
     @property
+    def has_unknown(self) -> bool:
+        """Whether some targets count nowhere: NaN, a weight of 0 for a step, or a lead-in."""
+        return self._flat.has_unknown
+
+    @property
+    def known(self) -> np.ndarray:
+        """int64 `[windows, lanes]`: how many targets count in each window of the coming epoch.
+
+        The label of a document is a target of each of its windows.
+        """
+        return self._flat.counts(self.plan, self.window)
+
+    @property
     def has_padding(self) -> bool:
         """Whether any document's last window is padded."""
         return self.mean_window is not None or bool((self._layout.lengths % self.window).any())
@@ -366,8 +387,10 @@ class DocumentWindows:
             inputs are `[lanes, ...]`.
             `y` is `[lanes, ...]`, or `[lanes, window, ...]` with `per_step=True`; for several
             outputs a dict or a tuple of these, as `labels` was.
+            Where `has_unknown`, `x` has `"known"` too, bool in the shape of `sample_weight`, and a
+            target that is not known is 0.
             `sample_weight` is float32 `[lanes]`, or `[lanes, window]` with `per_step=True`. It is
-            zero for idle lanes and padding.
+            zero for idle lanes, padding and targets that are not known.
 
         Raises:
             ValueError: If `window_loss` is unknown, or `evaluation=True` comes without labels,
@@ -459,10 +482,11 @@ def _evaluation_scale(windows: DocumentWindows, flags: bool, window_loss: str) -
             "An evaluation needs labels: DocumentWindows(documents, labels, ...). "
             f"Received: {windows!r} without labels"
         )
-    rows = len(windows) * windows.lanes
-    if windows.per_step:
-        return rows * windows.window / windows.num_steps
-    return rows / windows.num_documents
+    rows = len(windows) * windows.lanes * (windows.window if windows.per_step else 1)
+    if windows.has_unknown:
+        known = windows.known
+        return rows / (known if windows.per_step else known[windows.ends]).sum()
+    return rows / (windows.num_steps if windows.per_step else windows.num_documents)
 
 
 def _refuse_shuffle(*args: Any, **kwargs: Any) -> None:
