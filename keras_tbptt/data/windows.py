@@ -7,18 +7,17 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt.data._description import DescribesDocuments
 from keras_tbptt.data._flat import FlatDocuments, NextStep
-from keras_tbptt.data._inputs import StaticInput, StepInput
 from keras_tbptt.data._packing import PACKINGS, Plan
 from keras_tbptt.data._pipeline import WindowPipeline
 from keras_tbptt.losses import WindowLoss, check_window_loss, window_weights
 
 
-class DocumentWindows:
+class DocumentWindows(DescribesDocuments):
     """Documents of any length as batches of fixed-shape windows.
 
     Each document is split into windows of `window` consecutive steps. The last window is
@@ -233,16 +232,6 @@ class DocumentWindows:
         )
 
     @property
-    def num_documents(self) -> int:
-        """How many documents there are."""
-        return len(self._flat.begins)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 `[documents]`: the steps of each document."""
-        return self._flat.lengths
-
-    @property
     def num_steps(self) -> int:
         """How many real steps (tokens) an epoch has."""
         return int(self._layout.lengths.sum())
@@ -251,27 +240,6 @@ class DocumentWindows:
     def packing_efficiency(self) -> float:
         """The share of real steps among all steps of an epoch's windows, in (0, 1]."""
         return self.num_steps / (len(self) * self.lanes * self.window)
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether there are labels."""
-        return self._flat.targets is not None
-
-    @property
-    def predicts_next_step(self) -> bool:
-        """Whether the target of a step is the step after it (see `next_step`)."""
-        return self._flat.next_step is not None
-
-    @property
-    def max_next_id(self) -> int | None:
-        """The largest id that is the target of a step, or None if targets are floats or labels."""
-        steps = self._flat.next_step
-        return None if steps is None or steps.id_range is None else steps.id_range[1]
-
-    @property
-    def has_unknown(self) -> bool:
-        """Whether some targets count nowhere: NaN, a weight of 0 for a step, or a lead-in."""
-        return self._flat.has_unknown
 
     @property
     def known(self) -> np.ndarray:
@@ -285,59 +253,6 @@ class DocumentWindows:
     def has_padding(self) -> bool:
         """Whether any document's last window is padded."""
         return self.mean_window is not None or bool((self._layout.lengths % self.window).any())
-
-    @property
-    def feature_shape(self) -> Any:
-        """Shape of one step: `()` for ids, `(F,)` for features; with named inputs a dict."""
-        return self._flat.of_inputs(lambda given: tuple(given.values.shape[1:]))
-
-    @property
-    def batch_shape(self) -> Any:
-        """Shape of a batch: `(lanes, window)`, or `(lanes, window, F)`; with named inputs a dict.
-
-        A static input has the shape `(lanes, ...)`.
-        """
-        return self._flat.of_inputs(self._batch_shape)
-
-    def keras_inputs(self) -> Any:
-        """New symbolic inputs of a model for these windows.
-
-        Returns:
-            A `keras.Input` with the shape of a batch, int32 or float32; with named inputs a dict of
-            these, by name.
-
-        Example:
-
-        ```python
-        inputs = windows.keras_inputs()  # {"tokens": [lanes, window], "user": [lanes]}
-        x = keras.layers.Embedding(20_000, 100)(inputs["tokens"])
-        ```
-        """
-        return self._flat.of_inputs(
-            lambda given: keras.Input(
-                batch_shape=self._batch_shape(given), dtype=given.dtype, name=given.name or None
-            )
-        )
-
-    @property
-    def static_names(self) -> list[str]:
-        """The names of the inputs that belong to whole documents."""
-        return list(self._flat.static)
-
-    @property
-    def max_id(self) -> Any:
-        """The largest id, or None if the documents are floats; with named inputs a dict."""
-        return self._flat.of_inputs(lambda given: given.id_range and given.id_range[1])
-
-    @property
-    def min_id(self) -> Any:
-        """The smallest id, or None if the documents are floats; with named inputs a dict."""
-        return self._flat.of_inputs(lambda given: given.id_range and given.id_range[0])
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of documents, labels and weights, in hexadecimal."""
-        return self._flat.fingerprint
 
     @property
     def plan(self) -> Plan:
@@ -427,10 +342,6 @@ class DocumentWindows:
             `weights` is float32 `[rows]`.
         """
         return self._flat.whole(documents)
-
-    def _batch_shape(self, given: StepInput | StaticInput) -> tuple[int, ...]:
-        steps = () if isinstance(given, StaticInput) else (self.window,)
-        return (self.lanes, *steps, *given.values.shape[1:])
 
     @functools.cached_property
     def _plans(self) -> Callable[[tuple[int, int], bool], Plan]:
