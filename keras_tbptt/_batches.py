@@ -305,7 +305,17 @@ def check_windows(windows: DocumentWindows, model: keras.Model) -> None:
 def _check_shapes(windows: DocumentWindows, form: ModelInputs) -> None:
     """Refuses windows that do not have the inputs of the model, each in its shape."""
     received = windows.batch_shape
-    if not form.named and not isinstance(received, dict):
+    if form.named != isinstance(received, dict):
+        wanted = (
+            f"a dict of documents with the names {[*form.tensors]}"
+            if form.named
+            else ("the documents themselves, or the model a dict of its input")
+        )
+        raise ValueError(
+            f"Windows and model must both name their inputs, or neither: give DocumentWindows "
+            f"{wanted}. Received: windows of batch shape {received}"
+        )
+    if not form.named:
         shape = tuple(next(iter(form.tensors.values())).shape)
         if shape != received:
             raise ValueError(
@@ -315,11 +325,6 @@ def _check_shapes(windows: DocumentWindows, form: ModelInputs) -> None:
             )
         return
     expected = {name: tuple(tensor.shape) for name, tensor in form.tensors.items()}
-    if not isinstance(received, dict) or (not form.named and set(received) != set(expected)):
-        raise ValueError(
-            f"The model has the inputs {list(expected)}: give DocumentWindows a dict of documents "
-            f"with these names, and `static`. Received: windows of batch shape {received}"
-        )
     if expected != received:
         raise ValueError(
             f"The model's inputs have the batch shapes {expected}, and the windows must have the "

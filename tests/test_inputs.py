@@ -102,9 +102,10 @@ def test_a_list_of_inputs_learns_as_a_dict_does(reach, window_loss):
     np.testing.assert_array_equal(found[0][1], found[1][1])
 
 
-def test_predictions_depend_on_no_lane_and_no_window():
+@pytest.mark.parametrize("as_list", [False, True])
+def test_predictions_depend_on_no_lane_and_no_window(as_list):
     steps, static, _ = documents()
-    model = build()
+    model = build(as_list=as_list)
     expected = model.predict_documents(steps, static=static)
     for lanes, window in ((1, 1), (3, 4), (20, 17)):
         other = model.resized(lanes=lanes, window=window)
@@ -124,6 +125,55 @@ def test_a_stock_model_evaluates_and_trains_on_them():
     model.fit(windows, verbose=0)
     for one, other in zip(model.get_weights(), stock.get_weights(), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_one_input_may_be_named_too():
+    steps, _, labels = documents()
+    named = DocumentWindows({"tokens": steps["tokens"]}, labels, window=5, lanes=4)
+    inputs = named.keras_inputs()
+    x = L.LSTM(3, stateful=True)(L.Embedding(20, 4)(inputs["tokens"]))
+    outputs = L.Dense(1, activation="sigmoid")(x)
+    model, unnamed = TBPTTModel(inputs, outputs), TBPTTModel(inputs["tokens"], outputs)
+    np.testing.assert_array_equal(
+        model.predict_documents(named), unnamed.predict_documents(steps["tokens"])
+    )
+    for one, documents_of_the_other in ((model, steps["tokens"]), (unnamed, named)):
+        with pytest.raises(ValueError, match="both name their inputs, or neither"):
+            one.predict_documents(documents_of_the_other)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_and_several_steps_in_one_execution(policy):
+    steps, static, labels = documents()
+    windows = DocumentWindows(steps, labels, static=static, window=5, lanes=4)
+    found = []
+    keras.mixed_precision.set_global_policy(policy)
+    try:
+        for steps_per_execution in (1, 3):
+            model = build()
+            model.compile("sgd", "binary_crossentropy", steps_per_execution=steps_per_execution)
+            found.append(model.fit(windows, epochs=2, verbose=0).history["loss"])
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3)
+    assert np.isfinite(found).all()
+
+
+def test_a_nested_model_and_its_clone_take_several_inputs():
+    steps, static, _ = documents()
+    inputs = symbolic(4, 5)
+    given = {n: keras.Input(t.shape[1:], dtype=t.dtype, name=n) for n, t in inputs.items()}
+    user = L.RepeatVector(5)(L.Embedding(4, 3)(given["user"]))
+    joined = L.Concatenate()([L.Embedding(20, 4)(given["tokens"]), given["features"], user])
+    x = L.LSTM(3, stateful=True)(keras.Model(given, joined)(inputs))
+    model = TBPTTModel(inputs, L.Dense(1, activation="sigmoid")(x))
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    expected = model.predict_documents(steps, static=static)
+    np.testing.assert_array_equal(clone.predict_documents(steps, static=static), expected)
+    bad = {"user": static["user"] + 4}
+    with pytest.raises(ValueError, match="ids of input 'user'"):
+        model.predict_documents(steps, static=bad)
 
 
 def test_every_form_of_documents_gives_the_same_batches():
@@ -177,9 +227,8 @@ def test_the_fingerprint_knows_names_and_static_inputs():
 def test_the_next_step_of_one_input():
     rng = np.random.default_rng(0)
     series = {"load": rng.normal(size=(30, 1)), "hour": np.arange(30) % 24}
-    windows = DocumentWindows.next_step(
-        series, offsets=[0, 30], target="load", window=4, lanes=3, streams=True
-    )
+    windows = DocumentWindows.next_step(series, target="load", window=4, lanes=3)
+    assert windows.num_documents == 3  # streams
     seen = {}
     for x, y, weight in windows.dataset():
         real = weight.numpy() > 0

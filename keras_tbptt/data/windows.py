@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -173,7 +173,8 @@ class DocumentWindows(DescribesDocuments):
 
         Args:
             sequences: Documents, in any form that `DocumentWindows` takes; or one array `[T]` of
-                ids, which may be a `numpy.memmap`.
+                ids, which may be a `numpy.memmap`; or a dict of arrays `[T, ...]`, one of which at
+                least is `[T]`.
             window: int >= 1. Steps in a window (K).
             lanes: int >= 1. Rows in a batch.
             streams: Optional bool. Whether the sequences are run together, in order, and cut into
@@ -181,8 +182,8 @@ class DocumentWindows(DescribesDocuments):
                 2014, "Recurrent neural network regularization", section 4.1). Streams have equal
                 lengths, up to one step, and carry the state from one sequence to the next. The last
                 target of a stream is the first input of the next stream, so each step but the first
-                of all is predicted exactly once. Defaults to None: True for one array `[T]`, else
-                False.
+                of all is predicted exactly once. Defaults to None: True for one array `[T]`, or a
+                dict of such, else False.
             target: Optional str. With several inputs, the one whose next step is the target.
             offsets: As in `DocumentWindows`.
             **kwargs: Further arguments of `DocumentWindows`, except `labels` and `per_step`.
@@ -201,9 +202,9 @@ class DocumentWindows(DescribesDocuments):
         x, y, weight = next(iter(train.dataset()))  # y[:, :-1] equals x[:, 1:]
         ```
         """
-        one = isinstance(sequences, (np.ndarray, tf.Tensor)) and len(sequences.shape) == 1
-        if one and sequences.dtype != object and offsets is None:
-            offsets = [0, len(sequences)]
+        steps = _steps_of_one_sequence(sequences)
+        if steps is not None and offsets is None:
+            offsets = [0, steps]
             streams = True if streams is None else streams
         return cls(
             sequences,
@@ -359,6 +360,16 @@ class DocumentWindows(DescribesDocuments):
         if step == len(self) - 1:
             self.epoch = int(epoch) + 1
         return step
+
+
+def _steps_of_one_sequence(sequences: Any) -> int | None:
+    """The length of one long sequence, or None if there are documents."""
+    named = isinstance(sequences, Mapping)
+    arrays = list(sequences.values()) if named else [sequences]
+    if not all(isinstance(array, (np.ndarray, tf.Tensor)) for array in arrays):
+        return None
+    flat = [len(array) for array in arrays if len(array.shape) == 1 and array.dtype != object]
+    return flat[0] if flat else None
 
 
 def _check_plan(packing: str, window: int, mean_window: int | None, stretch: int | None) -> None:

@@ -45,6 +45,15 @@ def export_onnx(
         ValueError: If the model has no stateful layer, two outputs have one name, or an output has
             the name of an input or of `new_state`.
         OSError: If the file cannot be written; nothing is left behind then.
+
+    Example:
+
+    ```python
+    path = keras_tbptt.export_onnx(model, "imdb.onnx")
+    stream = onnxruntime.InferenceSession(path)
+    piece = {"ids": ids, "lengths": lengths, "state": state, "start": start}
+    probability, state = stream.run(["probability", "new_state"], piece)
+    ```
     """
     try:
         import tf2onnx
