@@ -14,6 +14,7 @@ from keras_tbptt._version import __version__
 from keras_tbptt.callbacks import ExactBackup, ResetStates
 from keras_tbptt.data import DocumentWindows
 from keras_tbptt.dynamic_evaluation import evaluate_dynamically
+from keras_tbptt.forecasting import forecast
 from keras_tbptt.generation import generate
 from keras_tbptt.model import TBPTTModel
 from keras_tbptt.serving import export_onnx, export_saved_model, write_models_config
@@ -29,6 +30,7 @@ __all__ = [
     "evaluate_dynamically",
     "export_onnx",
     "export_saved_model",
+    "forecast",
     "generate",
     "layers",
     "losses",
