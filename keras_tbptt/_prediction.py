@@ -104,7 +104,13 @@ class PredictsDocuments(SavesStates):
         tags = tagger.predict_documents([[3, 1, 4], [1, 5]])  # arrays [3, tags] and [2, tags]
         ```
         """
-        if not isinstance(documents, DocumentWindows):
+        if isinstance(documents, DocumentWindows):
+            if any(given is not None for given in (offsets, lengths, static)):
+                raise ValueError(
+                    "DocumentWindows have their own `offsets`, `lengths` and `static`: leave them "
+                    f"out. Received: {documents!r} with one of them"
+                )
+        else:
             shape = {"window": self.window, "lanes": self.lanes}
             documents = DocumentWindows(
                 documents, static=static, offsets=offsets, lengths=lengths, **shape

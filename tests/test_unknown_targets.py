@@ -95,6 +95,20 @@ def test_weights_per_step_weight_the_metrics():
     np.testing.assert_allclose(mae, np.average(errors, weights=np.concatenate(weights)), rtol=1e-6)
 
 
+def test_a_mask_of_next_steps_is_that_of_the_targets():
+    """Offsets that begin late: the mask belongs to the array that the documents lie in."""
+    flat = np.arange(40)
+    mask = flat % 3 > 0
+    data = DocumentWindows.next_step(flat, offsets=[7, 20, 33], weights=mask, window=5, lanes=2)
+    seen = []
+    for x, y, weight in data.dataset():
+        real = weight.numpy() > 0
+        np.testing.assert_array_equal(y.numpy()[real], x.numpy()[real] + 1)
+        seen += y.numpy()[real].tolist()
+    expected = [step for step in range(8, 33) if mask[step] and step != 20]
+    assert sorted(seen) == expected
+
+
 @pytest.mark.parametrize("reach", [1, 2, "all", "artbp"])
 @pytest.mark.parametrize("steps_per_execution", [1, 3])
 def test_what_an_unknown_target_would_be_changes_nothing(reach, steps_per_execution):
@@ -225,6 +239,7 @@ BAD_INPUT = [
     (lambda: windows(X, Y, weights=[t[:-1] for t in Y]), "one target per step"),
     (lambda: windows(X, Y, weights=[-np.ones(len(t)) for t in Y]), ">= 0 per step"),
     (lambda: windows(X, Y, weights=[t * np.nan for t in Y]), "finite number >= 0 per step"),
+    (lambda: windows(X, Y, weights=[np.zeros(len(t)) for t in Y]), "not all 0"),
     (lambda: windows(X, Y, lead_in=-1), "lead_in=-1"),
     (lambda: windows(X, Y, lead_in=1.5), "lead_in=1.5"),
     (lambda: windows(X, Y, lead_in=100), "lead_in=100"),

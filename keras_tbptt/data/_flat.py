@@ -76,7 +76,7 @@ class FlatDocuments:
         self.steps, bounds = documents_by_name(documents, offsets, lengths)
         self.static = static_by_name(static, len(bounds) - 1, self.steps if self._named else None)
         self.next_step = self._input_of(labels) if isinstance(labels, NextStep) else None
-        self._target_origin = int(bounds[0]) if self.next_step is None else -1
+        self._first = int(bounds[0])
         rows = len(next(iter(self.steps.values())).values)
         form = TargetForm(np.diff(bounds), per_step, offsets, lengths, rows)
         self.targets = form.targets(labels) if self.next_step is None else self.next_step.values
@@ -184,11 +184,13 @@ class FlatDocuments:
         counted = busy
         if self.per_step:
             weight = weight[:, None] * real
-            row = np.where(known, position - self._target_origin, 0)
+            row = np.where(known, self._targets_at(position), 0)
             y = tf.nest.map_structure(lambda t: padded(t, row, real), self.targets)
             counted = known
             if self._step_weights is not None:
-                weight = weight * padded(self._step_weights, row, real)
+                ahead = int(self.next_step is not None)  # the weight is that of the target
+                place = np.where(known, position + ahead - self._first, 0)
+                weight = weight * padded(self._step_weights, place, real)
                 counted = counted & (weight > 0)
             if self._lead_in is not None:
                 step = (plan.begin[step] + plan.offset[step])[:, None] + np.arange(window)
@@ -219,6 +221,10 @@ class FlatDocuments:
                 length = plan.length[step]
                 found[step] = length if self.per_step else length > 0
         return found
+
+    def _targets_at(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of the targets of steps: of an input itself, one on; or of their own array."""
+        return rows + 1 if self.next_step is not None else rows - self._first
 
     def _check_known(self, missing: bool) -> None:
         """Refuses targets of which none is known, or each output's are known in other places."""
@@ -255,7 +261,7 @@ class FlatDocuments:
                 return given.values[documents]
             return padded(given.values, np.maximum(position, begin), np.ones_like(real))
 
-        labelled = end[:, 0] - 1 - self._target_origin if self.per_step else documents
+        labelled = self._targets_at(end[:, 0] - 1) if self.per_step else documents
         y = tf.nest.map_structure(
             lambda t: None if t is None else forms.narrow(np.asarray(t[labelled])), self.targets
         )

@@ -67,9 +67,10 @@ class TargetForm:
         array = forms.as_array(weights)
         if self._per_step_given and not (array is not None and array.shape == (documents,)):
             flat = self._per_step(weights, "weights")
-            if flat.ndim != 1 or (flat < 0).any() or not np.isfinite(flat).all():
+            valid = flat.ndim == 1 and np.isfinite(flat).all() and flat.min() >= 0
+            if not valid or not flat.any():
                 raise ValueError(
-                    "`weights` per step must be one finite number >= 0 per step. "
+                    "`weights` per step must be one finite number >= 0 per step, and not all 0. "
                     f"Received: weights of shape {flat.shape}, min={flat.min(initial=0)}"
                 )
             return ones, flat.astype("float32")
