@@ -277,6 +277,11 @@ def check_windows(windows: DocumentWindows, model: keras.Model) -> None:
     of_input = " of input {!r}" if form.named else ""
     for name, tensor in form.tensors.items():
         smallest, largest = form.by_name(windows.min_id)[name], form.by_name(windows.max_id)[name]
+        if largest is None and not keras.backend.is_float_dtype(tensor.dtype):
+            raise ValueError(
+                "The model takes integers, and Keras would cut floats off to them: give ids"
+                f"{of_input.format(name)}, or build the input with a float dtype. Received: floats"
+            )
         for layer in embeddings_of_ids(model, [tensor]):
             if largest is None or largest >= layer.input_dim or smallest < 0:
                 wrong = (
@@ -309,10 +314,10 @@ def _check_shapes(windows: DocumentWindows, form: ModelInputs) -> None:
         wanted = (
             f"a dict of documents with the names {[*form.tensors]}"
             if form.named
-            else ("the documents themselves, or the model a dict of its input")
+            else "the documents themselves, or the model a dict of its input"
         )
         raise ValueError(
-            f"Windows and model must both name their inputs, or neither: give DocumentWindows "
+            "Windows and model must both name their inputs, or neither: give DocumentWindows "
             f"{wanted}. Received: windows of batch shape {received}"
         )
     if not form.named:
@@ -368,7 +373,7 @@ def embeddings_of_ids(
             taken = [id(tensor) in known for tensor in tensors]
             if isinstance(layer, keras.layers.Embedding) and any(taken):
                 found.append(layer)
-            elif isinstance(layer, keras.Model) and any(taken):
+            elif isinstance(layer, keras.Model) and any(taken) and getattr(layer, "inputs", None):
                 inner = [t for t, is_ids in zip(layer.inputs, taken, strict=True) if is_ids]
                 found += embeddings_of_ids(layer, inner)
     return found

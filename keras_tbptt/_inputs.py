@@ -141,12 +141,9 @@ def static_layers(model: keras.Model, static: list[keras.KerasTensor]) -> list[A
             found.append(operation)
             if isinstance(operation, keras.layers.Layer):
                 found += _keras.flatten_layers(operation)
-        elif any(derived) or not isinstance(operation, keras.Model):
-            continue
-        else:
+        elif isinstance(operation, keras.Model) and getattr(operation, "inputs", None):
+            # A nested model that sees steps, too: what is behind its static inputs alone.
             for taken, _ in calls:
-                inner = [
-                    own for own, t in zip(operation.inputs, taken, strict=True) if id(t) in known
-                ]
-                found += static_layers(operation, inner)
+                pairs = zip(operation.inputs, taken, strict=True)
+                found += static_layers(operation, [own for own, t in pairs if id(t) in known])
     return found

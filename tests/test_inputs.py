@@ -176,6 +176,24 @@ def test_a_nested_model_and_its_clone_take_several_inputs():
         model.predict_documents(steps, static=bad)
 
 
+def test_a_nested_model_in_the_style_of_call_takes_several_inputs():
+    class Joined(keras.Model):
+        def call(self, inputs):
+            features, user = inputs
+            return features + keras.ops.cast(user, "float32")[:, None, None]
+
+    steps, static, _ = documents()
+    inputs = {name: tensor for name, tensor in symbolic(4, 5).items() if name != "tokens"}
+    x = Joined()([inputs["features"], inputs["user"]])
+    model = TBPTTModel(inputs, L.SimpleRNN(3, stateful=True)(x))
+    found = model.predict_documents({"features": steps["features"]}, static=static)
+    added = [f + user for f, user in zip(steps["features"], static["user"], strict=True)]
+    plain = keras.Input(batch_shape=(4, 5, 2))
+    other = TBPTTModel(plain, L.SimpleRNN(3, stateful=True)(plain))
+    other.set_weights(model.get_weights())
+    np.testing.assert_allclose(found, other.predict_documents(added), atol=1e-6)
+
+
 def test_every_form_of_documents_gives_the_same_batches():
     steps, static, labels = documents()
     shape = {"window": 5, "lanes": 4}
@@ -392,6 +410,8 @@ BAD_INPUT = [
     (lambda s, t, y: build().fit(
         DocumentWindows({**s, "tokens": [a + 9 for a in s["tokens"]]}, y, static=t, **SHAPE)),
      "ids of input 'tokens'"),
+    (lambda s, t, y: build().fit(DocumentWindows(s, y, static={"user": t["user"] * 0.5}, **SHAPE)),
+     "ids of input 'user'.* Received: floats"),
     (lambda s, t, y: keras_tbptt.diagnostics.gradient_reach(build(), s, y), "models of one input"),
     (lambda s, t, y: keras_tbptt.generate(build(), [[1]], 3), "Generation needs a model of ids"),
     (lambda s, t, y: Session(None).send(inputs={"x": [1, 2], "y": [[1.0, 2.0]]}),
