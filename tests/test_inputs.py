@@ -194,6 +194,13 @@ def test_a_nested_model_in_the_style_of_call_takes_several_inputs():
     np.testing.assert_allclose(found, other.predict_documents(added), atol=1e-6)
 
 
+def test_floats_for_an_integer_input_are_refused_without_an_embedding_too():
+    tokens = keras.Input(batch_shape=(4, 5), dtype="int32")
+    model = TBPTTModel(tokens, L.SimpleRNN(3, stateful=True)(keras.ops.one_hot(tokens, 20)))
+    with pytest.raises(ValueError, match="takes integers.*Received: floats"):
+        model.predict_documents([[0.5, 1.5]])
+
+
 def test_every_form_of_documents_gives_the_same_batches():
     steps, static, labels = documents()
     shape = {"window": 5, "lanes": 4}
