@@ -197,7 +197,7 @@ def test_a_nested_model_in_the_style_of_call_takes_several_inputs():
 def test_floats_for_an_integer_input_are_refused_without_an_embedding_too():
     tokens = keras.Input(batch_shape=(4, 5), dtype="int32")
     model = TBPTTModel(tokens, L.SimpleRNN(3, stateful=True)(keras.ops.one_hot(tokens, 20)))
-    with pytest.raises(ValueError, match="takes integers.*Received: floats"):
+    with pytest.raises(ValueError, match=r"takes integers.*Received: floats"):
         model.predict_documents([[0.5, 1.5]])
 
 
