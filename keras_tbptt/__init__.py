@@ -9,7 +9,7 @@ if _backend.backend() != "tensorflow":
         f"Received: KERAS_BACKEND={_backend.backend()}"
     )
 
-from keras_tbptt import client, diagnostics, layers, losses, metrics, optimizers, state, text
+from keras_tbptt import client, diagnostics, layers, losses, metrics, optimizers, state, text, types
 from keras_tbptt._version import __version__
 from keras_tbptt.callbacks import ExactBackup, ResetStates
 from keras_tbptt.data import DocumentWindows
@@ -38,5 +38,6 @@ __all__ = [
     "optimizers",
     "state",
     "text",
+    "types",
     "write_models_config",
 ]

@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras_tbptt import _keras
 from keras_tbptt._inputs import ModelInputs, static_layers
 from keras_tbptt._masks import off_time_layers
+from keras_tbptt._shares import is_per_step
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.losses import FINAL_LOSSES
 
@@ -59,7 +60,7 @@ def as_dataset(
                 "Training and evaluation need labels: DocumentWindows(documents, labels, ...). "
                 f"Received: {source!r} without labels"
             )
-        if steps is not None and not source.per_step and not source.ends[:steps].any():
+        if steps is not None and source.per_step is not True and not source.ends[:steps].any():
             raise ValueError(
                 "No document ends in the windows to evaluate, so there would be no figures: "
                 f"evaluate more of them. Received: steps={steps}, {source!r}"
@@ -81,8 +82,9 @@ def as_dataset(
     if needs_labels:
         _check_classes(source, model)
         flags, y, sample_weight = unpack(spec)
-        _check_flags(flags, _flags_needed(flags, model, learns, is_per_step(sample_weight)))
-        _check_targets(y, sample_weight, model.outputs, model.window)
+        per_step = all(map(is_per_step, tf.nest.flatten(sample_weight)))
+        _check_flags(flags, _flags_needed(flags, model, learns, per_step))
+        _check_targets(y, sample_weight, model)
     return dataset
 
 
@@ -123,15 +125,6 @@ def unpack(data: Any) -> tuple[Mapping[str, tf.Tensor], Any, tf.Tensor]:
     return x, y, sample_weight
 
 
-def is_per_step(sample_weight: Any) -> bool:
-    """Whether there is a target per step.
-
-    Args:
-        sample_weight: `[lanes]`, or `[lanes, window]` with a target per step.
-    """
-    return sample_weight.shape.rank == 2
-
-
 def with_all_flags(x: Mapping[str, tf.Tensor], lanes: int, window: int) -> dict[str, tf.Tensor]:
     """Fills in the flags that a batch of other origin may leave out: its windows are full.
 
@@ -150,21 +143,39 @@ def with_all_flags(x: Mapping[str, tf.Tensor], lanes: int, window: int) -> dict[
     return {**flags, **x}
 
 
-def as_outputs(y: Any, sample_weight: Any, outputs: Any) -> Any:
-    """Targets per step in the rank of the outputs: `[lanes, window]` becomes `[lanes, window, 1]`.
+def as_outputs(y: Any, sample_weight: Any, model: keras.Model) -> tuple[Any, Any]:
+    """Targets, and their weights where outputs have their own, in the form of the outputs.
 
+    A target per step gets the rank of its output: `[lanes, window]` becomes `[lanes, window, 1]`.
     Keras would squeeze the output instead, and take the mean over the window.
 
     Args:
         y: Targets, or their `tf.TensorSpec`s.
-        sample_weight: Their weights, or their `tf.TensorSpec`.
-        outputs: The symbolic outputs of the model.
+        sample_weight: Their weights, or the `tf.TensorSpec`s.
+        model: A functional model.
+
+    Raises:
+        ValueError: If outputs have their own weights, and not each output has a target.
     """
-    flat, outputs = tf.nest.flatten(y), keras.tree.flatten(outputs)
-    if not is_per_step(sample_weight) or len(flat) != len(outputs):
-        return y
-    pairs = zip(flat, outputs, strict=True)
-    return tf.nest.pack_sequence_as(y, [_in_rank_of(*pair) for pair in pairs])
+    own = tf.nest.is_nested(sample_weight)
+    if own or len(tf.nest.flatten(y)) == len(model.outputs):
+        y = _keras.targets_like(model, y, model.output)
+    if own:
+        sample_weight = _keras.targets_like(model, sample_weight, model.output)
+    targets, weights = _pairs(y, sample_weight)
+    if len(targets) != len(model.outputs):
+        return y, sample_weight
+    flat = [
+        _in_rank_of(target, output) if is_per_step(weight) else target
+        for target, weight, output in zip(targets, weights, model.outputs, strict=True)
+    ]
+    return keras.tree.pack_sequence_as(model.output, flat), sample_weight
+
+
+def _pairs(y: Any, sample_weight: Any) -> tuple[list[Any], list[Any]]:
+    """Each target, and its weight."""
+    targets, weights = keras.tree.flatten(y), keras.tree.flatten(sample_weight)
+    return targets, weights if tf.nest.is_nested(sample_weight) else weights * len(targets)
 
 
 def _in_rank_of(target: Any, output: keras.KerasTensor) -> Any:
@@ -236,25 +247,26 @@ def _check_flags(given: Mapping[str, Any], needed: Sequence[str]) -> None:
         )
 
 
-def _check_targets(y: Any, sample_weight: Any, outputs: Any, window: int) -> None:
+def _check_targets(y: Any, sample_weight: Any, model: keras.Model) -> None:
     """Refuses targets that cannot be compared with the outputs."""
-    targets, outputs = tf.nest.flatten(y), keras.tree.flatten(outputs)
-    if len(targets) != len(outputs):
+    y, sample_weight = as_outputs(y, sample_weight, model)
+    targets, weights = _pairs(y, sample_weight)
+    if len(targets) != len(model.outputs):
         return  # Keras names the structures.
-    for target, output in zip(targets, outputs, strict=True):
-        timed = len(output.shape) > 1 and output.shape[1] == window
+    for target, weight, output in zip(targets, weights, model.outputs, strict=True):
+        timed = len(output.shape) > 1 and output.shape[1] == model.window
         received = f"Received: targets of shape {target.shape}, an output of shape {output.shape}"
-        if is_per_step(sample_weight) and not timed:
+        if is_per_step(weight) and not timed:
             raise ValueError(
                 "A target per step needs an output per step, [lanes, window, ...]: build the last "
                 f"recurrent layer with return_sequences=True. {received}"
             )
-        if is_per_step(sample_weight) and len(output.shape) == 2:
+        if is_per_step(weight) and len(output.shape) == 2:
             raise ValueError(
                 "An output per step needs a last axis, [lanes, window, 1]: end the model with "
                 f"Dense(1), and without squeezing. {received}"
             )
-        if not is_per_step(sample_weight) and timed and len(output.shape) > 2:
+        if not is_per_step(weight) and timed and len(output.shape) > 2:
             raise ValueError(
                 "The output has a time axis, and the labels have none: give a target per step with "
                 "DocumentWindows(..., per_step=True), or build the last recurrent layer with "

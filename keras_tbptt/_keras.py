@@ -7,7 +7,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -131,19 +131,33 @@ def targets_like(model: keras.Model, y: Any, y_pred: Any) -> Any:
     targets = keras.tree.flatten(y)
     if len(targets) != len(keras.tree.flatten(y_pred)):
         raise ValueError(
-            "A model with a sampled output needs a target for each output. "
+            "The model needs a target for each of its outputs. "
             f"Received: {len(targets)} targets for the outputs {names}"
         )
     return keras.tree.pack_sequence_as(y_pred, targets)
 
 
-def losses_of(model: keras.Model, y: Any, y_pred: Any) -> list[tuple[Any, keras.losses.Loss]]:
+class OutputLoss(NamedTuple):
+    """The loss of one output.
+
+    Attributes:
+        value: The output, or what there is for it.
+        loss: What `compile` was given.
+        factor: Its `loss_weights`; None where there are none.
+    """
+
+    value: Any
+    loss: keras.losses.Loss
+    factor: float | None
+
+
+def losses_of(model: keras.Model, y: Any, y_pred: Any) -> list[OutputLoss]:
     """Each loss that a model is compiled with, beside the output that it is the loss of.
 
     Args:
         model: A compiled model.
         y: Targets.
-        y_pred: Outputs.
+        y_pred: Outputs, or a structure like them.
     """
     compiled = model._compile_loss
     if compiled is None:
@@ -153,7 +167,9 @@ def losses_of(model: keras.Model, y: Any, y_pred: Any) -> list[tuple[Any, keras.
     outputs = keras.tree.flatten(y_pred)
     tree = keras.tree.pack_sequence_as(compiled._y_pred_build_structure, outputs)
     return [
-        (functools.reduce(operator.getitem, entry.path, tree), entry.loss)
+        OutputLoss(
+            functools.reduce(operator.getitem, entry.path, tree), entry.loss, entry.loss_weights
+        )
         for entry in compiled._flat_losses
     ]
 

@@ -18,6 +18,7 @@ from keras_tbptt._tensors import has_time_axis, without_padding
 from keras_tbptt.data._packing import Plan
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.state import preserve_states, state_variables
+from keras_tbptt.types import Documents
 
 
 class PredictsDocuments(SavesStates):
@@ -67,7 +68,7 @@ class PredictsDocuments(SavesStates):
 
     def predict_documents(
         self,
-        documents: Any,
+        documents: DocumentWindows | Documents,
         offsets: Any = None,
         verbose: Any = 0,
         lengths: Any = None,

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from keras_tbptt import _keras
+
+
+class BatchLoss(NamedTuple):
+    """The loss of a batch, to be minimised and to be reported.
+
+    Attributes:
+        minimised: A scalar, Keras's mean over the batch, with penalties.
+        mean: A scalar, the mean over what counts, with penalties.
+        count: A scalar, how much that is.
+    """
+
+    minimised: tf.Tensor
+    mean: tf.Tensor
+    count: tf.Tensor
 
 
 def penalty(model: keras.Model, loss: tf.Tensor) -> tf.Tensor:
@@ -22,41 +35,82 @@ def penalty(model: keras.Model, loss: tf.Tensor) -> tf.Tensor:
     return tf.add_n(terms) if terms else tf.zeros_like(loss)
 
 
-def report(tracker: keras.metrics.Mean, loss: tf.Tensor, added: tf.Tensor, share: tf.Tensor):
-    """Adds a batch to the reported loss: its mean over what counts, not over all lanes.
-
-    Args:
-        tracker: The metric of the loss.
-        loss: A scalar, Keras's mean over the batch, with penalties.
-        added: A scalar, the penalties in it.
-        share: How much each row of the batch counts, `[lanes]` or `[lanes, window]`.
-    """
-    total = tf.cast(tf.reduce_sum(share), loss.dtype)
-    mean = (loss - added) * tf.math.divide_no_nan(tf.cast(tf.size(share), loss.dtype), total)
-    tracker.update_state(mean + added, sample_weight=total)
-
-
-@contextlib.contextmanager
-def output_losses(model: keras.Model, share: tf.Tensor | None) -> Iterator[None]:
-    """Within this context, the losses of single outputs are counted as `report` counts the loss.
+def batch_loss(
+    model: keras.Model, x: Any, y: Any, y_pred: Any, weight: Any, share: Any, training: bool
+) -> BatchLoss:
+    """The loss of a batch; the losses of single outputs are counted as means over what counts.
 
     `compute_loss` itself would count each batch by its lanes, whatever they hold.
 
     Args:
-        model: The model whose `compute_loss` is called once within the context.
-        share: As in `report`; None to count nothing.
+        model: A compiled model with a metric `"loss"`, which the caller updates afterwards.
+        x: Its inputs.
+        y: Targets.
+        y_pred: Outputs.
+        weight: How much each row counts, `[lanes]` or `[lanes, window]`, with the weights of
+            documents; in the structure of the outputs where they count in different places.
+        share: As `weight`, without the weights of documents.
+        training: bool. Whether outputs of a training call are sampled.
     """
-    before = {
-        id(tracker): (tf.identity(tracker.total), tf.identity(tracker.count))
-        for tracker in _keras.output_losses(model)
-    }
-    yield
-    for tracker in _keras.output_losses(model):
-        total, count = before.get(id(tracker), (0.0, 0.0))
-        if share is None:
-            tracker.total.assign(total)
-            tracker.count.assign(count)
-            continue
-        steps = share.shape[1] if share.shape.rank == 2 else 1
+    trackers = _keras.output_losses(model)  # none before the first call
+    before = [(tf.identity(each.total), tf.identity(each.count)) for each in trackers]
+    loss = model.compute_loss(x, y, y_pred, weight, training=training)
+    added = penalty(model, loss)
+    trackers = _keras.output_losses(model)
+    before = before or [(tf.zeros([]), tf.zeros([]))] * len(trackers)
+
+    own = tf.nest.is_nested(share)
+    by_output = share if own else keras.tree.map_structure(lambda _: share, y_pred)
+    outputs = _keras.losses_of(model, y, by_output)
+    for tracker, (total, count), output in zip(trackers, before, outputs, strict=False):
+        steps = output.value.shape[1] if output.value.shape.rank == 2 else 1
         tracker.total.assign(total + (tracker.total - total) * steps)
-        tracker.count.assign(count + tf.cast(tf.reduce_sum(share), tracker.count.dtype))
+        tracker.count.assign(count + tf.cast(tf.reduce_sum(output.value), tracker.count.dtype))
+
+    if own and trackers:
+        return BatchLoss(loss, *_sum_of_means(model, outputs, trackers, before, added))
+    share = outputs[0].value if outputs else tf.nest.flatten(share)[0]
+    count = tf.cast(tf.reduce_sum(share), loss.dtype)
+    rows = tf.cast(tf.size(share), loss.dtype)
+    return BatchLoss(loss, (loss - added) * tf.math.divide_no_nan(rows, count) + added, count)
+
+
+def uncounted_loss(
+    model: keras.Model, x: Any, y: Any, y_pred: Any, weight: Any, training: bool
+) -> tf.Tensor:
+    """The loss of a batch that was counted before.
+
+    Args:
+        model: As in `batch_loss`, which was called on it before.
+        x: As in `batch_loss`.
+        y: As in `batch_loss`.
+        y_pred: As in `batch_loss`.
+        weight: As in `batch_loss`.
+        training: As in `batch_loss`.
+    """
+    counts = [v for tracker in _keras.output_losses(model) for v in (tracker.total, tracker.count)]
+    before = [tf.identity(count) for count in counts]
+    loss = model.compute_loss(x, y, y_pred, weight, training=training)
+    for count, value in zip(counts, before, strict=True):
+        count.assign(value)
+    return loss
+
+
+def _sum_of_means(
+    model: keras.Model, outputs: Any, trackers: Any, before: Any, added: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """What makes the reported loss the sum of the outputs' means, and how much it counts.
+
+    Outputs count in different places, so no mean of batches is a mean over what counts: the means
+    of the outputs so far are added up, and the difference to the sum before goes to the loss.
+    """
+    tracker = next(metric for metric in model.metrics if metric.name == "loss")
+    factors = [1.0 if output.factor is None else output.factor for output in outputs]
+    pairs = list(zip(factors, before, trackers, strict=True))
+    old = sum(f * tf.math.divide_no_nan(total, count) for f, (total, count), _ in pairs)
+    new = sum(f * tf.math.divide_no_nan(t.total.value, t.count.value) for f, _, t in pairs)
+    count = tf.add_n([tf.reduce_sum(output.value) for output in outputs])
+    count = tf.cast(count, added.dtype)
+    past = tf.cast(tracker.count.value, added.dtype)
+    change = tf.cast(new, added.dtype) * (past + count) - tf.cast(old, added.dtype) * past
+    return tf.math.divide_no_nan(change, count) + added, count

@@ -62,8 +62,8 @@ class SamplesClasses(PredictsDocuments):
         """
         if training and any(map(sampled_of, keras.tree.flatten(y_pred))):
             y = _keras.targets_like(self, y, y_pred)
-            for output, loss in _keras.losses_of(self, y, y_pred):
-                _check_loss(sampled_of(output), loss)
+            for output in _keras.losses_of(self, y, y_pred):
+                _check_loss(sampled_of(output.value), output.loss)
             # The target is the first of the classes that are left.
             y, y_pred = (
                 keras.tree.map_structure(replace, y, y_pred)

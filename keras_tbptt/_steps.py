@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
 from keras_tbptt._reach import WindowHistory, backpropagate
-from keras_tbptt._reporting import output_losses, penalty
+from keras_tbptt._reporting import BatchLoss, batch_loss, penalty, uncounted_loss
+from keras_tbptt._shares import any_counts
 from keras_tbptt.layers import ConcatPooling
 from keras_tbptt.layers._sampling_layer import mark_sampled, sampled_of, seen
 from keras_tbptt.optimizers import LazyAdam
@@ -25,14 +26,13 @@ from keras_tbptt.state import (
 
 
 class Found(NamedTuple):
-    """What a step found: outputs, Keras's loss of the batch, and the penalties in it.
+    """What a step found: the outputs, and the loss of the batch.
 
     An output is None where only a sample of its classes was computed.
     """
 
     y_pred: Any
-    loss: tf.Tensor
-    penalty: tf.Tensor
+    loss: BatchLoss
 
 
 def begin(
@@ -49,8 +49,11 @@ def begin(
         Inputs with all lane flags, targets in the rank of the outputs, and weights.
     """
     x, y, sample_weight = _batches.unpack(data)
-    y = _batches.as_outputs(y, sample_weight, model.outputs)
-    return begin_lanes(model, x, aligned), y, sample_weight
+    y, sample_weight = _batches.as_outputs(y, sample_weight, model)
+    x = begin_lanes(model, x, aligned)
+    if tf.nest.is_nested(x.get("known")):
+        x["known"] = _keras.targets_like(model, x["known"], model.output)
+    return x, y, sample_weight
 
 
 def begin_lanes(
@@ -123,9 +126,9 @@ class ForwardOnly:
             share: How much each row counts, without the weights of documents.
         """
         y_pred = run_window(self._model, x, training=False)
-        with output_losses(self._model, share):
-            loss = self._model.compute_loss(x["inputs"], y, y_pred, weight, training=False)
-        return Found(y_pred, loss, penalty(self._model, loss))
+        return Found(
+            y_pred, batch_loss(self._model, x["inputs"], y, y_pred, weight, share, training=False)
+        )
 
 
 class OneWindow:
@@ -163,26 +166,25 @@ class OneWindow:
         _build(model.optimizer, model.trainable_variables)
         zero = tf.zeros([], keras.backend.floatx())
         return tf.cond(
-            tf.reduce_any(share > 0),
+            any_counts(share),
             lambda: self._learn(x, y, weight, share),
-            lambda: Found(seen(run_window(model, x, training=True)), zero, zero),
+            lambda: Found(seen(run_window(model, x, training=True)), BatchLoss(zero, zero, zero)),
         )
 
     def _learn(self, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: Any) -> Found:
         model = self._model
         with tf.GradientTape() as tape:
             y_pred = run_window(model, x, training=True)
-            with output_losses(model, share):
-                loss = model.compute_loss(x["inputs"], y, y_pred, weight, training=True)
-            scaled = model.optimizer.scale_loss(loss)
-        added = penalty(model, loss)  # now: the optimizer's step changes the weights
+            # With the penalties of now: the optimizer's step changes the weights.
+            loss = batch_loss(model, x["inputs"], y, y_pred, weight, share, training=True)
+            scaled = model.optimizer.scale_loss(loss.minimised)
         gradients = tape.gradient(scaled, model.trainable_variables)
         # An embedding's gradient comes in a slice for each word. Keras's optimizers would square
         # slices of the same word one by one, and clip by them, instead of by their sum.
         if not isinstance(model.optimizer, LazyAdam):
             gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
         model.optimizer.apply(gradients, model.trainable_variables)
-        return Found(seen(y_pred), loss, added)
+        return Found(seen(y_pred), loss)
 
 
 class SeveralWindows:
@@ -223,11 +225,9 @@ class SeveralWindows:
         history = self._history_of(window)
         history.append(window)
         y_pred = run_window(model, x, training=True)
-        with output_losses(model, share):
-            loss = model.compute_loss(x["inputs"], y, y_pred, weight, training=True)
-        added = penalty(model, loss)
+        loss = batch_loss(model, x["inputs"], y, y_pred, weight, share, training=True)
 
-        learns = tf.reduce_any(share > 0)
+        learns = any_counts(share)
         crossing = 1.0
         if not self._sliding:
             learns = tf.reduce_all(x["ends"] | (x["lengths"] == 0))  # in every lane
@@ -254,23 +254,22 @@ class SeveralWindows:
 
         _build(model.optimizer, model.trainable_variables)
         tf.cond(learns, learn, lambda: False)
-        return Found(seen(y_pred), loss, added)
+        return Found(seen(y_pred), loss)
 
     def _run_again(
         self, window: Mapping[str, Any], back: tf.Tensor
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """The loss of a window that was run `back` windows ago, and the state after it."""
         model = self._model
-        newest = tf.cast(back == 0, window["weight"].dtype)
+        newest = tf.cast(back == 0, "float32")
         weight = window["weight"]
         if self._sliding:
-            weight *= newest
+            weight = tf.nest.map_structure(lambda each: each * newest, weight)
         y_pred, new_states = explicit_state(model)(
             window["inputs"], window["states"], True, _real_steps(model, window), window["seeds"]
         )
         y_pred = keras.tree.map_structure(_of_shape, y_pred, model.output)
-        with output_losses(model, None):
-            loss = model.compute_loss(window["inputs"], window["y"], y_pred, weight, training=True)
+        loss = uncounted_loss(model, window["inputs"], window["y"], y_pred, weight, training=True)
         loss -= (1 - tf.cast(newest, loss.dtype)) * penalty(model, loss)  # once in a step
         return model.optimizer.scale_loss(loss), new_states
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from keras_tbptt._gradient_walk import GradientWalk
 from keras_tbptt.data.windows import DocumentWindows
+from keras_tbptt.types import Documents, Labels
 
 # How many documents run side by side. Memory holds their states at all steps.
 _ROWS = 64
@@ -139,8 +140,8 @@ class GradientReach:
 
 def gradient_reach(
     model: keras.Model,
-    documents: Any,
-    labels: Any = None,
+    documents: DocumentWindows | Documents,
+    labels: Labels | None = None,
     *,
     windows: Iterable[int] | None = None,
     offsets: Any = None,

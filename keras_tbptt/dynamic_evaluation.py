@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tbptt import _keras
-from keras_tbptt._reporting import output_losses, penalty
+from keras_tbptt._reporting import batch_loss, penalty
 from keras_tbptt._steps import Found, run_window
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.model import TBPTTModel
@@ -100,15 +100,14 @@ class _RunsWithGradient:
         model = self._model
         with tf.GradientTape() as tape:
             y_pred = run_window(model, x, training=False)
-            with output_losses(model, share):
-                loss = model.compute_loss(x["inputs"], y, y_pred, weight, training=False)
-            added = penalty(model, loss)
-            learnt = loss - added  # the decay takes the place of the penalties
+            loss = batch_loss(model, x["inputs"], y, y_pred, weight, share, training=False)
+            # The decay takes the place of the penalties.
+            learnt = loss.minimised - penalty(model, loss.minimised)
         gradients = tape.gradient(learnt, model.trainable_variables)
         for i, gradient in enumerate(gradients):
             if gradient is not None:
                 self._use(i, tf.cast(tf.convert_to_tensor(gradient), "float32"))
-        return Found(y_pred, loss, added)
+        return Found(y_pred, loss)
 
     def _use(self, index: int, gradient: tf.Tensor) -> None:
         raise NotImplementedError
@@ -197,7 +196,8 @@ def _check(
             f"Received: layers {half} that compute in float16"
         )
     for name, given in (("windows", windows), ("statistics", statistics)):
-        if given is not None and not (isinstance(given, DocumentWindows) and given.per_step):
+        timed = isinstance(given, DocumentWindows) and given.per_step is True
+        if given is not None and not timed:
             raise ValueError(
                 f"`{name}` must be DocumentWindows with a target per step "
                 f"(DocumentWindows.next_step, or per_step=True). Received: {given!r}"

@@ -16,11 +16,12 @@ from keras_tbptt.data._documents import as_array, check_values
 from keras_tbptt.data._inputs import documents_by_name, static_by_name
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.serving._stream import DocumentRunner, functional
+from keras_tbptt.types import Documents
 
 
 def forecast(
     model: keras.Model,
-    documents: Any,
+    documents: Documents,
     steps: int,
     *,
     target: str | None = None,

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
 from keras_tbptt._prediction import without_training
 from keras_tbptt._reach import WindowHistory, check_backprop_windows
-from keras_tbptt._reporting import report
 from keras_tbptt._sampling import SamplesClasses
+from keras_tbptt._shares import evaluation_shares, multiplied, shares
 from keras_tbptt._steps import (
     ForwardOnly,
     Found,
@@ -23,7 +24,7 @@ from keras_tbptt._steps import (
     pooling_states,
 )
 from keras_tbptt.data.windows import DocumentWindows
-from keras_tbptt.losses import FINAL_LOSSES, WindowLoss, check_window_loss, window_weights
+from keras_tbptt.losses import FINAL_LOSSES, WindowLoss, check_window_loss
 
 
 @keras.saving.register_keras_serializable(package="keras_tbptt")
@@ -223,7 +224,7 @@ class TBPTTModel(SamplesClasses):
             _warn_of_idle_lanes(source)
         flags, y, sample_weight = _batches.unpack(dataset.element_spec)
         flags = _batches.with_all_flags(flags, self.lanes, self.window)
-        y = _batches.as_outputs(y, sample_weight, self.outputs)
+        y, sample_weight = _batches.as_outputs(y, sample_weight, self)
         self._learn.prepare(flags, y, sample_weight)
         kwargs.setdefault("shuffle", False)  # Keras warns that it cannot shuffle a dataset
         if class_weight is not None:
@@ -298,7 +299,8 @@ class TBPTTModel(SamplesClasses):
         if self.burn_in:
             learns = learns & (plan.ends | (plan.offset >= self.burn_in * self.window))
         if windows.has_unknown:
-            learns = learns & (windows.known > 0)
+            known = tf.nest.flatten(windows.known)
+            learns = learns & np.any([each > 0 for each in known], axis=0)
         return int(learns.any(axis=1).sum())
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
@@ -311,10 +313,9 @@ class TBPTTModel(SamplesClasses):
             A dict of the metrics' values.
         """
         x, y, weight = begin(self, data, aligned=self.backprop_windows == "all")
-        per_step = _batches.is_per_step(weight)
-        share = window_weights(self.window_loss, x, self.window, per_step, self.burn_in)
-        share = _of_known(x, share)
-        return self._report(self._learn(x, y, weight * share, share), x, y, weight, share)
+        share = shares(self.window_loss, x, self.window, weight, self.burn_in)
+        weight = multiplied(weight, share)
+        return self._report(self._learn(x, y, weight, share), x, y, weight)
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Runs one window of every lane, and counts the documents that end in it.
@@ -326,10 +327,9 @@ class TBPTTModel(SamplesClasses):
             A dict of the metrics' values.
         """
         x, y, weight = begin(self, data)
-        per_step = _batches.is_per_step(weight)
-        counted: WindowLoss = "per_window" if per_step else "final_only"
-        share = _of_known(x, window_weights(counted, x, self.window, per_step))
-        return self._report(self._evaluate(x, y, weight * share, share), x, y, weight, share)
+        share = evaluation_shares(x, self.window, weight)
+        weight = multiplied(weight, share)
+        return self._report(self._evaluate(x, y, weight, share), x, y, weight)
 
     def evaluates_by(self, step: Callable) -> Callable:
         """Sets what runs a window in `evaluate`, for other kinds of evaluation.
@@ -374,16 +374,11 @@ class TBPTTModel(SamplesClasses):
         return self._learn.history
 
     def _report(
-        self, found: Found, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: tf.Tensor
+        self, found: Found, x: Mapping[str, tf.Tensor], y: Any, weight: Any
     ) -> dict[str, tf.Tensor]:
         """Adds what a step found to the reported loss and the metrics."""
-        report(_loss_metric(self), found.loss, found.penalty, share)
-        return self.compute_metrics(x["inputs"], y, found.y_pred, weight * share)
-
-
-def _of_known(x: Mapping[str, tf.Tensor], share: tf.Tensor) -> tf.Tensor:
-    """How much each row counts, 0 where its target is not known."""
-    return share * tf.cast(x["known"], share.dtype) if "known" in x else share
+        _loss_metric(self).update_state(found.loss.mean, sample_weight=found.loss.count)
+        return self.compute_metrics(x["inputs"], y, found.y_pred, weight)
 
 
 def _warn_of_idle_lanes(windows: DocumentWindows) -> None:

@@ -126,7 +126,8 @@ def test_each_loss_is_found_beside_its_output(losses, as_dict):
     paired = _keras.targets_like(model, targets, outputs)
     for output, target in zip(keras.tree.flatten(outputs), keras.tree.flatten(paired), strict=True):
         assert float(target[0, 0]) == float(output[0, 0]) + 2
-    found = [(float(t[0, 0]), loss.fn) for t, loss in _keras.losses_of(model, paired, outputs)]
+    losses_of = _keras.losses_of(model, paired, outputs)
+    found = [(float(output.value[0, 0]), output.loss.fn) for output in losses_of]
     second = (
         keras.losses.mean_squared_error if losses == "mse" else keras.losses.mean_absolute_error
     )

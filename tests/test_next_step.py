@@ -78,7 +78,7 @@ def test_nothing_is_copied(tmp_path):
     sequence = np.memmap(tmp_path / "ids", "uint16", "w+", shape=(1000,))
     sequence[:] = np.arange(1000)
     windows = DocumentWindows.next_step(sequence, window=5, lanes=3)
-    assert windows._flat.next_step.values is sequence and windows._flat.targets is sequence
+    assert windows._flat.next_step.values is sequence and windows._flat.targets.values is sequence
     assert (
         windows.fingerprint
         != DocumentWindows(sequence, offsets=[0, 1000], window=5, lanes=3).fingerprint

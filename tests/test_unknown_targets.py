@@ -234,8 +234,6 @@ BAD_INPUT = [
     (lambda: windows(X, [np.where([[True, False]], np.nan, t[:, None]) for t in Y]),
      "known as a whole or not at all"),
     (lambda: windows(X, [t + np.inf for t in Y]), "finite numbers"),
-    (lambda: windows(X, {"a": Y, "b": [np.where(np.arange(len(t)) < 1, np.nan, t) for t in Y]}),
-     "NaN in other places"),
     (lambda: windows(X, Y, weights=[t[:-1] for t in Y]), "one target per step"),
     (lambda: windows(X, Y, weights=[-np.ones(len(t)) for t in Y]), ">= 0 per step"),
     (lambda: windows(X, Y, weights=[t * np.nan for t in Y]), "finite number >= 0 per step"),

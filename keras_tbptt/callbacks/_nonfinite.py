@@ -74,7 +74,7 @@ def find_cause(
 def _lanes(model: keras.Model, data: tuple, busy: np.ndarray) -> tuple[np.ndarray, str]:
     """The lanes that cause it, and why, before the model is trained on the window."""
     x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-    y = _batches.as_outputs(y, weight, model.outputs)
+    y, weight = _batches.as_outputs(y, weight, model)
     with preserve_states(model):
         if isinstance(model, TBPTTModel):
             y_pred = run_window(model, x, training=False)

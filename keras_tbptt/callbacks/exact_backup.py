@@ -389,7 +389,7 @@ def _build_variables(model: keras.Model, windows: DocumentWindows) -> None:
     batch = next(iter(windows.dataset(flags=isinstance(model, TBPTTModel))))
     windows.epoch = epoch
     _, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
-    y = _batches.as_outputs(y, weight, model.outputs)
+    y, weight = _batches.as_outputs(y, weight, model)
     y_pred = keras.tree.map_structure(lambda t: tf.zeros(t.shape, t.dtype), model.output)
     model.compute_loss(x=None, y=y, y_pred=y_pred, sample_weight=weight, training=False)
     model.compute_metrics(None, y, y_pred, weight)

@@ -279,6 +279,19 @@ def narrow(values: np.ndarray) -> np.ndarray:
     return values.astype("float32" if values.dtype.kind == "f" else "int32", copy=False)
 
 
+def padded(values: np.ndarray, position: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Gathers `[lanes, window, ...]` from `values`, zero where a step is not real.
+
+    Args:
+        values: `[rows, ...]`.
+        position: ints `[lanes, window]`. The row of each step.
+        real: bool `[lanes, window]`.
+    """
+    rows = narrow(np.asarray(values[position]))
+    rows[~real] = 0
+    return rows
+
+
 def chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yields `(first row, rows)` of bounded size.
 

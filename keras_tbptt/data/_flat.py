@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,8 @@ from keras_tbptt.data import _documents as forms
 from keras_tbptt.data import _spans as spans
 from keras_tbptt.data._inputs import StaticInput, StepInput, documents_by_name, static_by_name
 from keras_tbptt.data._packing import IDLE, Plan
-from keras_tbptt.data._targets import TargetForm
+from keras_tbptt.data._targets import Place, Target, TargetForm
+from keras_tbptt.types import Window
 
 
 class NextStep(NamedTuple):
@@ -36,7 +38,7 @@ class FlatDocuments:
         static: As in `DocumentWindows`.
         offsets: As in `DocumentWindows`.
         lengths: As in `DocumentWindows`.
-        per_step: bool. Whether there is a target per step.
+        per_step: As in `DocumentWindows`.
         lead_in: As in `DocumentWindows`.
         streams: Optional int. The number of streams that all documents are cut into. Each stream
             is then a document. None keeps the documents.
@@ -49,9 +51,8 @@ class FlatDocuments:
         static: dict of name to `StaticInput`: what belongs to whole documents.
         begins: int64 `[documents]`. The row of each document's first step.
         lengths: int64 `[documents]`. The steps of each document.
-        targets: As `TargetForm.targets` returns them; with `NextStep` they are an input's steps.
-        weights: float32 `[documents]`.
-        per_step: bool. Whether there is a target per step.
+        targets: None, a `Target`, or for several outputs a dict or a tuple of these.
+        weights_differ: bool. Whether outputs count in other rows than others, or not as much.
         has_unknown: bool. Whether some targets are not known, so that they count nowhere.
         next_step: The `StepInput` whose next step is the target; None where labels are given.
     """
@@ -65,11 +66,10 @@ class FlatDocuments:
         static: Any,
         offsets: Any,
         lengths: Any,
-        per_step: bool,
+        per_step: Any,
         lead_in: Any,
         streams: int | None,
     ):
-        self.per_step = per_step
         if isinstance(documents, tf.data.Dataset):
             documents, labels = forms.read_dataset(documents, labels)
         self._named = isinstance(documents, Mapping)
@@ -78,20 +78,56 @@ class FlatDocuments:
         self.next_step = self._input_of(labels) if isinstance(labels, NextStep) else None
         self._first = int(bounds[0])
         rows = len(next(iter(self.steps.values())).values)
-        form = TargetForm(np.diff(bounds), per_step, offsets, lengths, rows)
-        self.targets = form.targets(labels) if self.next_step is None else self.next_step.values
+        form = TargetForm(np.diff(bounds), offsets, lengths, rows)
         one_on = self.next_step is not None
         if streams is None:
             self.begins, self.lengths = spans.documents(bounds, one_on)
-            self.weights, self._step_weights = form.weights(weights)
         else:
-            self._check_streams(weights)
+            self._check_streams(labels, per_step, weights)
             self.begins, self.lengths = spans.streams(bounds, one_on, streams)
-            self.weights, self._step_weights = np.ones(len(self.begins), "float32"), None
-        self._lead_in = _checked_lead_in(lead_in, self.lengths, per_step and streams is None)
-        zero = self._step_weights is not None and bool((self._step_weights == 0).any())
-        self.has_unknown = form.missing or zero or self._lead_in is not None
-        self._check_known(form.missing)
+        self.targets: Any = None
+        self._per_step_given = bool(per_step)
+        if self.next_step is not None:
+            weighed = form.weights(weights, per_step=True)
+            values = self.next_step.values
+            self.targets = Target(values, True, False, *weighed, first=self._first)
+        elif labels is not None:
+            self.targets = form.targets(labels, per_step, weights)
+        else:
+            form.weights(weights, bool(per_step))
+        if streams is not None:
+            ones = np.ones(len(self.begins), "float32")
+            self.targets = self.of_targets(lambda t: dataclasses.replace(t, weights=ones))
+        targets = tf.nest.flatten(self.targets) if self.has_targets else []
+        timed = any(target.per_step for target in targets) and streams is None
+        self._lead_in = _checked_lead_in(lead_in, self.lengths, timed)
+        self.weights_differ = any(not target.counts_as(targets[0]) for target in targets[1:])
+        self.has_unknown = self._lead_in is not None or any(
+            target.missing or (target.step_weights is not None and not target.step_weights.all())
+            for target in targets
+        )
+
+    @property
+    def per_step(self) -> Any:
+        """Whether there is a target per step; in the structure of the labels where they differ."""
+        if not self.has_targets:
+            return self._per_step_given
+        timed = self.of_targets(lambda target: target.per_step)
+        flat = tf.nest.flatten(timed)
+        return flat[0] if len(set(flat)) == 1 else timed
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether there are targets."""
+        return self.targets is not None
+
+    def of_targets(self, value_of: Callable[[Target], Any]) -> Any:
+        """A value for each target, in the structure of the labels.
+
+        Args:
+            value_of: A function of a `Target`.
+        """
+        return tf.nest.map_structure(value_of, self.targets)
 
     def of_inputs(self, value_of: Any) -> Any:
         """A value for each input: a dict by the inputs' names, or the value of the only input.
@@ -105,23 +141,27 @@ class FlatDocuments:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of documents, targets and weights, in hexadecimal."""
-        targets = [t for t in tf.nest.flatten(self.targets) if t is not None]
-        if self.next_step is not None:
-            targets = [np.ones(1, bool)]  # not the documents once more
-            if self._named:
-                targets.append(_as_bytes(self.next_step.name))
-        targets += [a for a in (self._step_weights, self._lead_in) if a is not None]
+        targets: list[np.ndarray] = []
+        for target in tf.nest.flatten(self.targets) if self.has_targets else []:
+            # With a next step, not the documents once more.
+            values = target.values if self.next_step is None else np.ones(1, bool)
+            arrays = (values, target.weights, target.step_weights)
+            targets += [array for array in arrays if array is not None]
+        if self.next_step is not None and self._named:
+            targets.append(_as_bytes(self.next_step.name))
+        if self._lead_in is not None:
+            targets.append(self._lead_in)
         offsets = np.append(self.begins, self.begins[-1:] + self.lengths[-1:])
         if not self._named:
             [only] = self.steps.values()
-            return forms.fingerprint([only.values, offsets, self.weights, *targets])
+            return forms.fingerprint([only.values, offsets, *targets])
         inputs = [
             array
             for kind in (self.steps, self.static)
             for name in sorted(kind)
             for array in (_as_bytes(name), kind[name].values)
         ]
-        return forms.fingerprint([*inputs, offsets, self.weights, *targets])
+        return forms.fingerprint([*inputs, offsets, *targets])
 
     def _input_of(self, labels: NextStep) -> StepInput:
         """The input whose next step is the target."""
@@ -135,13 +175,13 @@ class FlatDocuments:
             )
         return self.steps[labels.target or ""]
 
-    def _check_streams(self, weights: Any) -> None:
-        if not self.per_step or self.targets is None or weights is not None or self.static:
+    def _check_streams(self, labels: Any, per_step: Any, weights: Any) -> None:
+        if per_step is not True or labels is None or weights is not None or self.static:
             raise ValueError(
                 "`streams=True` runs documents together, so nothing may belong to a whole "
                 "document: give a target per step (per_step=True, or DocumentWindows.next_step), "
-                f"no `weights` and no `static`. Received: per_step={self.per_step}, "
-                f"labels={'None' if self.targets is None else 'given'}, "
+                f"no `weights` and no `static`. Received: per_step={per_step}, "
+                f"labels={'None' if labels is None else 'given'}, "
                 f"weights={'None' if weights is None else 'given'}, static={sorted(self.static)}"
             )
 
@@ -168,9 +208,9 @@ class FlatDocuments:
             if isinstance(given, StaticInput):
                 return given.values[document]
             # An idle lane repeats a step that is not padding: cuDNN refuses fully masked rows.
-            return padded(given.values, np.where(known, position, given.filler), real)
+            return forms.padded(given.values, np.where(known, position, given.filler), real)
 
-        x = {
+        x: Window = {
             "inputs": self.of_inputs(rows_of),
             "starts": plan.starts[step],
             "ends": plan.ends[step],
@@ -178,68 +218,47 @@ class FlatDocuments:
             "positions": plan.offset[step].astype("int32"),
             "totals": plan.total[step].astype("int32"),
         }
-        if self.targets is None:
+        if not self.has_targets:
             return (x,)
-        weight = np.where(busy, self.weights[document], 0).astype("float32")
-        counted = busy
-        if self.per_step:
-            weight = weight[:, None] * real
-            row = np.where(known, self._targets_at(position), 0)
-            y = tf.nest.map_structure(lambda t: padded(t, row, real), self.targets)
-            counted = known
-            if self._step_weights is not None:
-                ahead = int(self.next_step is not None)  # the weight is that of the target
-                place = np.where(known, position + ahead - self._first, 0)
-                weight = weight * padded(self._step_weights, place, real)
-                counted = counted & (weight > 0)
-            if self._lead_in is not None:
-                step = (plan.begin[step] + plan.offset[step])[:, None] + np.arange(window)
-                counted = counted & (step >= self._lead_in[document, None])
-        else:
-            y = tf.nest.map_structure(lambda t: t[document], self.targets)
+        at = Place(
+            document=document,
+            busy=busy,
+            real=real,
+            row=np.where(known, self._target_row(position), 0),
+            step=(plan.begin[step] + plan.offset[step])[:, None] + np.arange(window),
+        )
+        found = [target.batch(at, self._lead_in) for target in tf.nest.flatten(self.targets)]
+        y, weight, counted = (
+            tf.nest.pack_sequence_as(self.targets, each) for each in zip(*found, strict=True)
+        )
+        if not self.weights_differ:
+            _, weight, counted = found[0]
         if self.has_unknown:
-            for target in tf.nest.flatten(y):
-                counted = counted & _known(target, counted.ndim)
-            y = tf.nest.map_structure(_without_nan, y)
             x["known"] = counted
-            weight = weight * counted
-        return x, y, weight.astype("float32")
+        return x, y, weight
 
-    def counts(self, plan: Plan, window: int) -> np.ndarray:
+    def counts(self, plan: Plan, window: int) -> Any:
         """How many targets count in each window, int64 `[windows, lanes]` (see `known`).
 
         Args:
             plan: `Plan`.
             window: int. Steps in a window.
         """
-        found = np.zeros(plan.document.shape, "int64")
-        for step in range(len(found)):
-            if self.has_unknown:
-                known = self.batch(plan, step, window)[0]["known"]
-                found[step] = known.sum(axis=1) if self.per_step else known
-            else:
-                length = plan.length[step]
-                found[step] = length if self.per_step else length > 0
-        return found
+        batches = [self.batch(plan, step, window) for step in range(len(plan.document))]
 
-    def _targets_at(self, rows: np.ndarray) -> np.ndarray:
-        """The rows of the targets of steps: of an input itself, one on; or of their own array."""
-        return rows + 1 if self.next_step is not None else rows - self._first
+        def count(*known: np.ndarray) -> np.ndarray:
+            return np.stack(known).reshape(*plan.document.shape, -1).sum(axis=-1)
 
-    def _check_known(self, missing: bool) -> None:
-        """Refuses targets of which none is known, or each output's are known in other places."""
-        if not missing:
-            return
-        patterns = [forms.known_rows(np.asarray(t)) for t in tf.nest.flatten(self.targets)]
-        if not patterns[0].any():
-            raise ValueError(
-                "At least one target must be known. Received: labels of which every one is NaN"
-            )
-        if any((pattern != patterns[0]).any() for pattern in patterns[1:]):
-            raise ValueError(
-                "Where a target is NaN, the targets of all outputs must be: an output cannot be "
-                "left out alone. Received: labels of several outputs that are NaN in other places"
-            )
+        if self.has_unknown:
+            return tf.nest.map_structure(count, *(batch[0]["known"] for batch in batches))
+        by_target = self.of_targets(
+            lambda target: plan.length.astype("int64") if target.per_step else plan.length > 0
+        )
+        return by_target if self.weights_differ else tf.nest.flatten(by_target)[0]
+
+    def _target_row(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of the targets of steps: of the steps themselves, or of the next ones."""
+        return rows - self._first + int(self.next_step is not None)
 
     def whole(self, documents: Any) -> tuple:
         """Whole documents side by side, aligned at their ends (see `DocumentWindows.whole`).
@@ -259,37 +278,14 @@ class FlatDocuments:
         def rows_of(given: StepInput | StaticInput) -> np.ndarray:
             if isinstance(given, StaticInput):
                 return given.values[documents]
-            return padded(given.values, np.maximum(position, begin), np.ones_like(real))
+            return forms.padded(given.values, np.maximum(position, begin), np.ones_like(real))
 
-        labelled = self._targets_at(end[:, 0] - 1) if self.per_step else documents
-        y = tf.nest.map_structure(
-            lambda t: None if t is None else forms.narrow(np.asarray(t[labelled])), self.targets
-        )
-        return self.of_inputs(rows_of), real, y, self.weights[documents]
-
-
-def padded(values: np.ndarray, position: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Gathers `[lanes, window, ...]` from `values`, zero where a step is not real.
-
-    Args:
-        values: `[rows, ...]`.
-        position: ints `[lanes, window]`. The row of each step.
-        real: bool `[lanes, window]`.
-    """
-    rows = forms.narrow(np.asarray(values[position]))
-    rows[~real] = 0
-    return rows
-
-
-def _known(target: np.ndarray, rank: int) -> np.ndarray:
-    """bool `[lanes]`, or `[lanes, window]` with `rank` 2: which targets of a batch are known."""
-    if target.dtype.kind != "f":
-        return np.ones(target.shape[:rank], bool)
-    return ~np.isnan(target.reshape(*target.shape[:rank], -1)[..., 0])
-
-
-def _without_nan(target: np.ndarray) -> np.ndarray:
-    return np.nan_to_num(target, copy=False) if target.dtype.kind == "f" else target
+        y, weights = None, np.ones(len(documents), "float32")
+        if self.has_targets:
+            rows = self._target_row(end[:, 0] - 1)
+            y = self.of_targets(lambda target: target.last(documents, rows))
+            weights = tf.nest.flatten(self.targets)[0].weights[documents]
+        return self.of_inputs(rows_of), real, y, weights
 
 
 def _checked_lead_in(lead_in: Any, lengths: np.ndarray, possible: bool) -> np.ndarray | None:

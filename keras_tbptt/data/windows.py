@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt._shares import evaluation_shares, multiplied, shares
 from keras_tbptt.data._description import DescribesDocuments
 from keras_tbptt.data._flat import FlatDocuments, NextStep
 from keras_tbptt.data._packing import PACKINGS, Plan
 from keras_tbptt.data._pipeline import WindowPipeline
-from keras_tbptt.losses import WindowLoss, check_window_loss, window_weights
+from keras_tbptt.losses import WindowLoss, check_window_loss
+from keras_tbptt.types import Documents, Labels
 
 
 class DocumentWindows(DescribesDocuments):
@@ -46,8 +49,9 @@ class DocumentWindows(DescribesDocuments):
         labels: One label per document: an array `[documents, ...]` (binary, class index, vector
             or regression). With `per_step=True` one target array `[T, ...]` per document, in the
             form of `documents`. For a model with several outputs, a dict of these, or for a list of
-            outputs a tuple of these: a list has one entry per document. A float target that is NaN
-            is not known: it counts nowhere. Defaults to None: the windows are for prediction.
+            outputs a tuple or a list of these (a list with as many entries as there are documents
+            is one label per document). A float target that is NaN is not known: it counts nowhere.
+            Defaults to None: the windows are for prediction.
         window: int >= 1. Steps in a window (K).
         lanes: int >= 1. Rows in a batch. If there are more lanes than documents, some are idle.
         packing: `"packed"` or `"aligned"`. Defaults to `"packed"`.
@@ -57,7 +61,8 @@ class DocumentWindows(DescribesDocuments):
             of the checkpoint when it resumes.
         weights: Optional floats `[documents]` >= 0. How much each document counts. With
             `per_step=True` they may also be one per step, in the form of `documents`: a step of
-            weight 0, or False in a mask, counts nowhere. Defaults to 1.
+            weight 0, or False in a mask, counts nowhere. For several outputs that count in
+            different places, a dict or a tuple of these like `labels`. Defaults to 1.
         static: Optional dict of input names to arrays `[documents, ...]`, integers or floats: what
             belongs to a whole document, such as a user's id. Its row goes with each window of the
             document. The documents then need names too: `{"tokens": documents}`.
@@ -67,7 +72,8 @@ class DocumentWindows(DescribesDocuments):
             are arrays `[documents, longest, ...]`, padded at the end, and document i is
             `documents[i, :lengths[i]]`. An array that begins or ends a document with a zero step is
             refused without `lengths`, because that step may be padding.
-        per_step: bool. Whether `labels` holds a target per step. Defaults to False.
+        per_step: bool. Whether `labels` holds a target per step. For several outputs of which only
+            some have one, a dict or a tuple of bools like `labels`. Defaults to False.
         lead_in: Optional int >= 0, or ints `[documents]`: the first steps of each document, which
             only give the state a start and count nowhere. A validation series that follows the
             training series in time is both, one after the other, with the training part as its
@@ -109,8 +115,8 @@ class DocumentWindows(DescribesDocuments):
 
     def __init__(
         self,
-        documents: Any,
-        labels: Any = None,
+        documents: Documents,
+        labels: Labels | None = None,
         *,
         window: int,
         lanes: int,
@@ -121,7 +127,7 @@ class DocumentWindows(DescribesDocuments):
         static: Any = None,
         offsets: Any = None,
         lengths: Any = None,
-        per_step: bool = False,
+        per_step: Any = False,
         lead_in: Any = None,
         streams: bool = False,
         mean_window: int | None = None,
@@ -134,7 +140,6 @@ class DocumentWindows(DescribesDocuments):
         self.shuffle = bool(shuffle)
         self.seed = random.randint(0, 2**31 - 1) if seed is None else _at_least("seed", seed, 0)
         self._seed_drawn = seed is None
-        self.per_step = bool(per_step)
         self.mean_window, self.stretch = mean_window, stretch
         self.epoch = 0
         self._handed_out = 0  # windows of `dataset()`, over all epochs; with flags the last alone
@@ -146,10 +151,11 @@ class DocumentWindows(DescribesDocuments):
             static=static,
             offsets=offsets,
             lengths=lengths,
-            per_step=self.per_step,
+            per_step=per_step,
             lead_in=lead_in,
             streams=self.lanes if streams else None,
         )
+        self.per_step = self._flat.per_step
         self._layout = PACKINGS[packing](
             self._flat.lengths, self.window, self.lanes, mean_window, stretch
         )
@@ -157,7 +163,7 @@ class DocumentWindows(DescribesDocuments):
     @classmethod
     def next_step(
         cls,
-        sequences: Any,
+        sequences: Documents,
         *,
         window: int,
         lanes: int,
@@ -243,10 +249,11 @@ class DocumentWindows(DescribesDocuments):
         return self.num_steps / (len(self) * self.lanes * self.window)
 
     @property
-    def known(self) -> np.ndarray:
+    def known(self) -> Any:
         """int64 `[windows, lanes]`: how many targets count in each window of the coming epoch.
 
-        The label of a document is a target of each of its windows.
+        The label of a document is a target of each of its windows. Where outputs count in different
+        places, the numbers are in the structure of the labels.
         """
         return self._flat.counts(self.plan, self.window)
 
@@ -306,22 +313,20 @@ class DocumentWindows(DescribesDocuments):
             Where `has_unknown`, `x` has `"known"` too, bool in the shape of `sample_weight`, and a
             target that is not known is 0.
             `sample_weight` is float32 `[lanes]`, or `[lanes, window]` with `per_step=True`. It is
-            zero for idle lanes, padding and targets that are not known.
+            zero for idle lanes, padding and targets that are not known. Where outputs count in
+            different places, weights and `"known"` are in the structure of `y`.
 
         Raises:
             ValueError: If `window_loss` is unknown, or `evaluation=True` comes without labels,
                 with `flags=True` or with a `window_loss`.
         """
         check_window_loss(window_loss)
-        scale = 1.0
-        if evaluation:
-            scale = _evaluation_scale(self, flags, window_loss)
-            window_loss = "per_window" if self.per_step else "final_only"
+        scale = _evaluation_scale(self, flags, window_loss) if evaluation else None
         batch = self._flat.batch(self.plan, 0, self.window)
         spec = tf.nest.map_structure(lambda array: tf.TensorSpec(array.shape, array.dtype), batch)
         weigh = None
         if not flags:
-            weigh = functools.partial(_stock_batch, window_loss, self.window, self.per_step, scale)
+            weigh = functools.partial(_stock_batch, window_loss, self.window, scale)
         dataset = WindowPipeline(self, spec, weigh).dataset()
         dataset.shuffle = _refuse_shuffle
         dataset.source = self
@@ -387,8 +392,8 @@ def _check_plan(packing: str, window: int, mean_window: int | None, stretch: int
         _at_least("stretch", stretch, 1)
 
 
-def _evaluation_scale(windows: DocumentWindows, flags: bool, window_loss: str) -> float:
-    """The rows that Keras divides a loss by, as a share of what an evaluation counts."""
+def _evaluation_scale(windows: DocumentWindows, flags: bool, window_loss: str) -> Any:
+    """The rows that Keras divides a loss by, as a share of what an evaluation counts, by output."""
     if flags:
         raise ValueError(
             "`evaluation=True` is for stock Keras models. A TBPTTModel counts documents by "
@@ -404,11 +409,18 @@ def _evaluation_scale(windows: DocumentWindows, flags: bool, window_loss: str) -
             "An evaluation needs labels: DocumentWindows(documents, labels, ...). "
             f"Received: {windows!r} without labels"
         )
-    rows = len(windows) * windows.lanes * (windows.window if windows.per_step else 1)
-    if windows.has_unknown:
-        known = windows.known
-        return rows / (known if windows.per_step else known[windows.ends]).sum()
-    return rows / (windows.num_steps if windows.per_step else windows.num_documents)
+
+    def scale(known: np.ndarray, per_step: bool) -> float:
+        rows = len(windows) * windows.lanes * (windows.window if per_step else 1)
+        return rows / (known if per_step else known[windows.ends]).sum()
+
+    known = windows.known
+    if not tf.nest.is_nested(known):
+        return scale(known, windows.per_step is True)
+    per_step = windows.per_step
+    if not tf.nest.is_nested(per_step):
+        per_step = tf.nest.map_structure(lambda _: per_step, known)
+    return tf.nest.map_structure(scale, known, per_step)
 
 
 def _refuse_shuffle(*args: Any, **kwargs: Any) -> None:
@@ -419,14 +431,18 @@ def _refuse_shuffle(*args: Any, **kwargs: Any) -> None:
 
 
 def _stock_batch(
-    window_loss: WindowLoss, window: int, per_step: bool, scale: float, x: Any, *targets: Any
+    window_loss: WindowLoss, window: int, scale: Any, x: Mapping[str, Any], *targets: Any
 ) -> tuple:
     """A batch for a model that knows nothing of windows: the weights say which count."""
     if not targets:
         return (x["inputs"],)
     y, sample_weight = targets
-    weights = window_weights(window_loss, x, window, per_step)
-    return x["inputs"], y, sample_weight * weights * scale
+    if scale is None:
+        weights = shares(window_loss, x, window, sample_weight)
+        return x["inputs"], y, multiplied(sample_weight, weights)
+    weights = evaluation_shares(x, window, sample_weight)
+    weights = tf.nest.map_structure(operator.mul, weights, scale)
+    return x["inputs"], y, multiplied(sample_weight, weights)
 
 
 def _at_least(name: str, value: int, least: int) -> int:
