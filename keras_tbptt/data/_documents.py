@@ -267,6 +267,19 @@ def known_rows(values: np.ndarray) -> np.ndarray:
     return ~np.isnan(values.reshape(len(values), -1)[:, 0])
 
 
+def known_alike(values: np.ndarray, others: np.ndarray) -> bool:
+    """Whether the same rows are known.
+
+    Args:
+        values: `[rows, ...]`.
+        others: `[rows, ...]`.
+    """
+    return len(values) == len(others) and all(
+        bool((known_rows(part) == known_rows(others[start : start + len(part)])).all())
+        for start, part in chunks(values)
+    )
+
+
 def narrow(values: np.ndarray) -> np.ndarray:
     """The same numbers in the dtype of a batch.
 

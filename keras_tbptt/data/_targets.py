@@ -104,8 +104,7 @@ class Target:
             return False
         if self.weights is not other.weights or self.step_weights is not other.step_weights:
             return False
-        one, two = (forms.known_rows(np.asarray(each.values)) for each in (self, other))
-        return not self.missing or bool(np.array_equal(one, two))
+        return not self.missing or forms.known_alike(self.values, other.values)
 
 
 class TargetForm:
@@ -151,7 +150,9 @@ class TargetForm:
             shown = "labels" if name is None else f"labels[{name!r}]"
             values = self._per_step(given, shown) if timed[name] else self._labels(given, shown)
             missing = forms.check_values(values, shown, nan_is_unknown=True)
-            if missing and not forms.known_rows(np.asarray(values)).any():
+            if missing and not any(
+                forms.known_rows(part).any() for _, part in forms.chunks(values)
+            ):
                 raise ValueError(
                     "At least one target must be known. "
                     f"Received: {shown} of which every one is NaN"
