@@ -81,7 +81,7 @@ def reader():
     return model, [tf.function(model.train_step), tf.function(model.predict_step)], whole
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 14), min_size=1, max_size=9),
     options=st.fixed_dictionaries(

@@ -49,7 +49,7 @@ def strange():
     return make_vectorizer(STRANGE_TEXTS, vocab_size=200)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(texts=st.lists(ANY_TEXT, min_size=1, max_size=5))
 def test_any_text_becomes_ids_whatever_it_comes_with(strange, texts):
     ids = encode(strange, texts)
@@ -59,7 +59,7 @@ def test_any_text_becomes_ids_whatever_it_comes_with(strange, texts):
         assert encode(strange, [text]).to_list() == [row]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(text=ANY_TEXT)
 def test_no_text_hides_what_follows_it(text):
     text = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
@@ -67,7 +67,7 @@ def test_no_text_hides_what_follows_it(text):
     assert followed == (b"end" if alone == b"[UNK]" else alone + b" end")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(texts=st.lists(ANY_TEXT, min_size=1, max_size=9))
 def test_any_vocabulary_survives_saving(tmp_path_factory, texts):
     vectorizer = make_vectorizer([*texts, *STRANGE_TEXTS], vocab_size=300)

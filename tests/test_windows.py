@@ -39,7 +39,7 @@ def rejoin(windows):
     return documents
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=20),
     window=st.integers(1, 9),
