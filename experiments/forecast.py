@@ -44,7 +44,7 @@ flags.DEFINE_integer("window", 24, "Steps in a window (K).", 1)
 flags.DEFINE_integer("reach", 1, "How many windows the gradient flows back through.", 1)
 flags.DEFINE_integer("lanes", 32, "Streams that the training series are cut into.", 1)
 flags.DEFINE_integer("epochs", 40, "The most epochs.", 1)
-flags.DEFINE_integer("patience", 10, "Epochs without a better one, before training ends.", 1)
+flags.DEFINE_integer("patience", 5, "Epochs without a better one, before training ends.", 1)
 flags.DEFINE_float("learning_rate", 2e-3, "The learning rate of Adam.", 0)
 flags.DEFINE_integer("overlap", 120, "Steps before each target in overlapping windows.", 2)
 flags.DEFINE_integer("batch", 256, "Overlapping windows in a batch.", 1)
@@ -64,7 +64,7 @@ _DAYS = 6  # seasons in the picture of the stream
 def ways() -> list[Way]:
     """The rows that the flags ask for; the first is the main one."""
     cells = [(FLAGS.window, FLAGS.reach), *(STUDY if FLAGS.study else [])]
-    rows = [Way(f"K {k}, reach {reach}", k, reach) for k, reach in dict.fromkeys(cells)]
+    rows = [Way(f"TBPTT, K {k}, reach {reach}", k, reach) for k, reach in dict.fromkeys(cells)]
     return [rows[0], Way(OVERLAPPING, FLAGS.overlap, 0), *rows[1:]]
 
 
@@ -96,8 +96,8 @@ def main() -> None:
     directory = runner.RunDirectory("forecast", key, free=["jobs"])
     if series.missing:
         print(
-            f"{series.missing:,} values are missing: an input takes the last known value, and a "
-            "target that is missing is not counted."
+            f"Missing values: {series.missing:,}. An input takes the last known value, and a target "
+            "that is missing is not counted."
         )
     options = forecasters.Options(
         FLAGS.horizon, FLAGS.units, FLAGS.lanes, FLAGS.epochs, FLAGS.patience, FLAGS.learning_rate,

@@ -15,7 +15,8 @@ import keras_tbptt
 from experiments import runner
 from experiments.series import Series, ahead
 
-_FIRST_STEPS = 96  # after a boundary, where a state that was reset is compared
+_FIRST_STEPS = 48  # after a boundary, where a state that was reset is compared
+_EVERY = 25  # steps from one boundary to the next, for the comparison
 _LEAD = 480  # steps of the training part that give the state a start in each epoch's validation
 
 
@@ -244,7 +245,7 @@ def train_by_windows(
     )
     lstm = keras_tbptt.layers.LSTM(options.units, stateful=True, return_sequences=True)
     model = keras_tbptt.TBPTTModel(
-        *build((*train.batch_shape,), lstm, series, options.horizon), backprop_windows=way.reach
+        *build(train.batch_shape, lstm, series, options.horizon), backprop_windows=way.reach
     )
     epochs = _fit(
         model, train, valid, log, train.num_steps,
@@ -335,7 +336,14 @@ def _fit(
     epochs = runner.Epochs(steps, log)
     stop = keras.callbacks.EarlyStopping("val_loss", patience=patience)
     best = runner.BestWeights("val_loss")
-    model.fit(train, validation_data=valid, epochs=most, verbose=0, callbacks=[epochs, best, stop])
+    model.fit(
+        train,
+        validation_data=valid,
+        epochs=most,
+        shuffle=False,
+        verbose=0,
+        callbacks=[epochs, best, stop],
+    )
     return epochs
 
 
@@ -344,7 +352,7 @@ def first_steps(
 ) -> Mapping[str, list[float]]:
     """The error after a boundary, with the state carried across it and with the state reset there.
 
-    The test part is cut at every 97th step, so that the cuts are at all hours of a day.
+    The test part is cut at every 25th step, so that the cuts are at all hours of a day.
 
     Args:
         model: The trained model.
@@ -357,7 +365,7 @@ def first_steps(
     """
     _, middle, end = series.bounds(horizon)
     steps = min(_FIRST_STEPS, end - middle - horizon)
-    cuts = range(middle, end - horizon - steps + 1, _FIRST_STEPS + 1)
+    cuts = range(middle, end - horizon - steps + 1, _EVERY)
     pieces = [one[cut : cut + steps] for one in series.inputs for cut in cuts]
     found = np.stack(model.predict_documents(pieces))
     targets = [ahead(one, horizon, end) for one in series.targets]
