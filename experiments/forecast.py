@@ -96,8 +96,8 @@ def main() -> None:
     directory = runner.RunDirectory("forecast", key, free=["jobs"])
     if series.missing:
         print(
-            f"Missing values: {series.missing:,}. An input takes the last known value, and a target "
-            "that is missing is not counted."
+            f"Missing values: {series.missing:,}. An input takes the last known value, and a "
+            "missing target is not counted."
         )
     options = forecasters.Options(
         FLAGS.horizon, FLAGS.units, FLAGS.lanes, FLAGS.epochs, FLAGS.patience, FLAGS.learning_rate,
