@@ -52,6 +52,14 @@ def test_every_word_gets_its_tag():
     assert words[1:4] == ["watch    noun", "watch    verb", "a        determiner"]
 
 
+def test_a_series_is_forecast_better_than_by_persistence_and_streamed():
+    errors, values = run("time_series").splitlines()[-2:]
+    error, persistence = map(float, re.findall(r"[0-9]+\.[0-9]+", errors))
+    assert error < 0.2 * persistence
+    stream, whole = map(float, re.findall(r"[0-9]+\.[0-9]+", values))
+    assert stream == pytest.approx(whole, abs=2e-3)
+
+
 def test_a_text_in_pieces_is_served_like_the_whole_text():
     *pieces, whole = run("serve_and_stream").splitlines()
     assert len(pieces) == 4
