@@ -52,9 +52,16 @@ def as_dataset(
         ValueError: If the windows do not fit the model, lack labels or a flag, or no document ends
             in the windows to evaluate.
     """
+    if tf.distribute.has_strategy():
+        raise ValueError(
+            "A TBPTTModel enters the scope of its strategy by itself: build and compile it within "
+            "strategy.scope(), and call fit, evaluate and predict outside of the scope. "
+            f"Received: a call within the scope of {tf.distribute.get_strategy()}"
+        )
     source = source_of(x)
     if source is not None:
         check_windows(source, model)
+        _check_replicas(source, model)
         if needs_labels and not source.has_labels:
             raise ValueError(
                 "Training and evaluation need labels: DocumentWindows(documents, labels, ...). "
@@ -285,7 +292,8 @@ def check_windows(windows: DocumentWindows, model: keras.Model) -> None:
         ValueError: If the model cannot run on them.
     """
     form = ModelInputs(model)
-    _check_shapes(windows, form)
+    replicas = getattr(model, "replicas", None)
+    _check_shapes(windows, form, 1 if replicas is None else replicas.count)
     of_input = " of input {!r}" if form.named else ""
     for name, tensor in form.tensors.items():
         smallest, largest = form.by_name(windows.min_id)[name], form.by_name(windows.max_id)[name]
@@ -319,7 +327,27 @@ def check_windows(windows: DocumentWindows, model: keras.Model) -> None:
         )
 
 
-def _check_shapes(windows: DocumentWindows, form: ModelInputs) -> None:
+def _check_replicas(windows: DocumentWindows, model: keras.Model) -> None:
+    """Refuses what would differ between workers, or what their sum would count wrongly."""
+    if model.replicas.count > 1 and windows.weights_differ:
+        raise ValueError(
+            "Outputs that count in different places, or not as much as each other, are trained "
+            "on one device: give all outputs targets of the same kind, or build the model outside "
+            f"of the strategy's scope. Received: {model.replicas.count} replicas, {windows!r}"
+        )
+    if model.replicas.workers == 1:
+        return
+    if windows.draws and windows._seed_drawn:
+        raise ValueError(
+            "Each worker would draw another seed, and run other documents: give "
+            f"DocumentWindows(..., seed=0). Received: {windows!r} with seed=None"
+        )
+    drawn = (windows.seed, windows.epoch) if windows.draws else ()
+    agreed = (windows.fingerprint, drawn, windows.window, windows.lanes, windows.packing)
+    model.replicas.agree("windows", agreed)
+
+
+def _check_shapes(windows: DocumentWindows, form: ModelInputs, replicas: int) -> None:
     """Refuses windows that do not have the inputs of the model, each in its shape."""
     received = windows.batch_shape
     if form.named != isinstance(received, dict):
@@ -334,14 +362,18 @@ def _check_shapes(windows: DocumentWindows, form: ModelInputs) -> None:
         )
     if not form.named:
         shape = tuple(next(iter(form.tensors.values())).shape)
-        if shape != received:
+        if (shape[0] * replicas, *shape[1:]) != received:
+            on_replicas = f" on each of {replicas} replicas" if replicas > 1 else ""
             raise ValueError(
-                f"The model's batch shape is {shape}, so the windows need "
-                f"lanes={shape[0]}, window={shape[1]} and steps of shape {shape[2:]}. "
+                f"The model's batch shape is {shape}{on_replicas}, so the windows need "
+                f"lanes={shape[0] * replicas}, window={shape[1]} and steps of shape {shape[2:]}. "
                 f"Received: windows of batch shape {received}"
             )
         return
-    expected = {name: tuple(tensor.shape) for name, tensor in form.tensors.items()}
+    expected = {
+        name: (tensor.shape[0] * replicas, *tensor.shape[1:])
+        for name, tensor in form.tensors.items()
+    }
     if expected != received:
         raise ValueError(
             f"The model's inputs have the batch shapes {expected}, and the windows must have the "

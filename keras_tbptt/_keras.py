@@ -202,6 +202,55 @@ def without_metrics(model: keras.Model, y: Any, y_pred: Any) -> Iterator[None]:
             metrics[:] = kept
 
 
+def take_strategy(model: keras.Model) -> tf.distribute.Strategy | None:
+    """Takes over from Keras to run a model on the replicas of the strategy it is built under.
+
+    Keras would give each replica a part of each batch in an order of its own, and fails on flags
+    that are no numbers. Without the strategy, it calls `train_step` with whole batches.
+
+    Args:
+        model: A model whose constructor has just run.
+
+    Returns:
+        The strategy; None outside of a strategy's scope.
+    """
+    strategy, model._distribute_strategy = model._distribute_strategy, None
+    return strategy
+
+
+def build_compiled(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> None:
+    """Makes the variables of losses, metrics and optimizer, which no replica can make alone.
+
+    Args:
+        model: A compiled model.
+        x: `tf.TensorSpec`s of the model's inputs.
+        y: `tf.TensorSpec`s of the targets; None if there are none.
+        sample_weight: `tf.TensorSpec`s of their weights.
+    """
+    model._symbolic_build(data_batch=(x, y, sample_weight))
+    if model.optimizer is not None and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+
+
+def clip(optimizer: keras.optimizers.Optimizer, gradients: list[Any]) -> list[Any]:
+    """Clips gradients as an optimizer's `clipnorm`, `global_clipnorm` or `clipvalue` says.
+
+    Args:
+        optimizer: An optimizer.
+        gradients: Tensors, `tf.IndexedSlices` or None.
+    """
+    return optimizer._clip_gradients(gradients)
+
+
+def strategy_of(optimizer: keras.optimizers.Optimizer) -> tf.distribute.Strategy:
+    """The strategy that an optimizer was made under.
+
+    Args:
+        optimizer: An optimizer.
+    """
+    return optimizer._distribution_strategy
+
+
 def original_of_clone(outputs: Any) -> keras.Model | None:
     """The model that `keras.models.clone_model` is cloning when it calls a constructor.
 

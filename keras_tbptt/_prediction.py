@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
-from keras_tbptt import _batches
+from keras_tbptt import _batches, _keras
 from keras_tbptt._inputs import ModelInputs
 from keras_tbptt._order import WindowOrder
+from keras_tbptt._replicas import Replicas
 from keras_tbptt._saving import SavesStates
-from keras_tbptt._steps import begin_lanes, run_window
+from keras_tbptt._steps import check_lanes, run_window
 from keras_tbptt._tensors import has_time_axis, without_padding
 from keras_tbptt.data._packing import Plan
 from keras_tbptt.data.windows import DocumentWindows
-from keras_tbptt.state import preserve_states, state_variables
+from keras_tbptt.state import (
+    preserve_states,
+    reset_states,
+    seed_variables,
+    state_variables,
+)
 from keras_tbptt.types import Documents
 
 
@@ -29,8 +36,9 @@ class PredictsDocuments(SavesStates):
         **kwargs: As in a functional `keras.Model`.
 
     Attributes:
-        lanes: int. Rows of a batch.
+        lanes: int. Rows of a batch, on each replica of a `tf.distribute` strategy.
         window: int. Steps in a window.
+        replicas: The replicas that the model runs on.
         window_order: The place in its document that each lane has come to in training.
         fitted_windows: The windows that `fit` is training on; None outside of `fit`.
     """
@@ -41,8 +49,15 @@ class PredictsDocuments(SavesStates):
         form = ModelInputs(self)
         self.lanes, self.window = form.lanes, form.window
         state_variables(self)  # raises an error if there are none
-        self.window_order = WindowOrder(self.lanes)
+        self.replicas = Replicas(_keras.take_strategy(self), self.lanes)
+        self.replicas.with_seeds_of_their_own(seed_variables(self))
+        self.window_order = WindowOrder(self.all_lanes)
         self.fitted_windows: DocumentWindows | None = None
+
+    @property
+    def all_lanes(self) -> int:
+        """Rows of a batch: the lanes of all replicas."""
+        return self.lanes * self.replicas.count
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Predictions for every row of every window; see `predict_documents` for documents.
@@ -63,7 +78,7 @@ class PredictsDocuments(SavesStates):
             tf.errors.InvalidArgumentError: If the windows of a lane do not follow each other.
         """
         dataset = _batches.as_dataset(x, self, needs_labels=False)
-        with without_training(self, x), _single_steps(self):
+        with without_training(self, x), single_steps(self):
             return super().predict(dataset, *args, **kwargs)
 
     def predict_documents(
@@ -112,7 +127,7 @@ class PredictsDocuments(SavesStates):
                     f"out. Received: {documents!r} with one of them"
                 )
         else:
-            shape = {"window": self.window, "lanes": self.lanes}
+            shape = {"window": self.window, "lanes": self.all_lanes}
             documents = DocumentWindows(
                 documents, static=static, offsets=offsets, lengths=lengths, **shape
             )
@@ -205,9 +220,14 @@ class PredictsDocuments(SavesStates):
             The model's outputs, `[lanes, ...]` or with a time axis `[lanes, window, ...]`, zero
             at padding.
         """
-        x = begin_lanes(self, data[0] if isinstance(data, tuple) else data)
-        outputs = run_window(self, x, training=False)
-        return without_padding(outputs, self.outputs, x["lengths"], self.window)
+        x = check_lanes(self, data[0] if isinstance(data, tuple) else data)
+
+        def predict(x: Mapping[str, tf.Tensor]) -> Any:
+            reset_states(self, x["starts"])
+            outputs = run_window(self, x, training=False)
+            return without_padding(outputs, self.outputs, x["lengths"], self.window)
+
+        return self.replicas.gathered(self.replicas.run(predict, x))
 
 
 def _real_steps(rows: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
@@ -251,8 +271,14 @@ def without_training(model: PredictsDocuments, x: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _single_steps(model: keras.Model) -> Iterator[None]:
-    """Keras's `predict` would build the model once for each of `steps_per_execution`."""
+def single_steps(model: keras.Model) -> Iterator[None]:
+    """Keras then calls a step once, and not `steps_per_execution` times.
+
+    Its `predict` would build the model once for each of them.
+
+    Args:
+        model: A compiled model.
+    """
     steps, model.steps_per_execution = model.steps_per_execution, 1
     try:
         yield

@@ -91,7 +91,7 @@ class WindowHistory:
         else:
             place = self._appended % self._limit
         for slot, tensor in zip(self._slots, tf.nest.flatten(window), strict=True):
-            slot.scatter_nd_update([[place]], tensor[None])
+            slot.scatter_update(tf.IndexedSlices(tensor[None], place[None]))
         self._appended.assign_add(1)
 
     def walk_back(self, visit: Callable, values: Any) -> Any:

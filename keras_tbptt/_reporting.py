@@ -72,7 +72,8 @@ def batch_loss(
     share = outputs[0].value if outputs else tf.nest.flatten(share)[0]
     count = tf.cast(tf.reduce_sum(share), loss.dtype)
     rows = tf.cast(tf.size(share), loss.dtype)
-    return BatchLoss(loss, (loss - added) * tf.math.divide_no_nan(rows, count) + added, count)
+    mean = loss * model.replicas.count - added  # Keras divides the loss by it
+    return BatchLoss(loss, mean * tf.math.divide_no_nan(rows, count) + added, count)
 
 
 def uncounted_loss(

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from keras_tbptt import _keras
+from keras_tbptt._replicas import check_one_device
 from keras_tbptt.state import seed_variables, state_variables, stateful_layers
 
 
@@ -37,7 +38,12 @@ class SavesStates(keras.Model):
                 generators of dropout and of `"artbp"`. `keras.saving.load_model` restores what the
                 file holds. Defaults to False.
             **kwargs: Further arguments of `keras.Model.save`.
+
+        Raises:
+            ValueError: If `include_states=True` and the model runs on several replicas.
         """
+        if include_states:
+            check_one_device(self, "A file with the states of all lanes")
         self._saves_states = include_states
         try:
             super().save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
@@ -69,6 +75,7 @@ class SavesStates(keras.Model):
         super().load_own_variables(saved)
         if not states:
             return
+        check_one_device(self, "A file with the states of all lanes")
         carried = self._carried()
         if states.keys() <= (old := self._carried_in_0_1()).keys():
             carried = old

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
+from keras_tbptt._compiled import clips
 from keras_tbptt._reach import WindowHistory, backpropagate
 from keras_tbptt._reporting import BatchLoss, batch_loss, penalty, uncounted_loss
 from keras_tbptt._shares import any_counts
@@ -18,7 +20,6 @@ from keras_tbptt.optimizers import LazyAdam
 from keras_tbptt.state import (
     call_masked,
     explicit_state,
-    reset_states,
     seed_variables,
     state_variables,
     stateful_layers,
@@ -35,10 +36,10 @@ class Found(NamedTuple):
     loss: BatchLoss
 
 
-def begin(
+def unpacked(
     model: keras.Model, data: Any, aligned: bool = False
 ) -> tuple[dict[str, tf.Tensor], Any, tf.Tensor]:
-    """Resets the lanes that begin a document in a batch.
+    """The parts of a batch, checked, in the form of the model.
 
     Args:
         model: A `TBPTTModel`.
@@ -50,16 +51,16 @@ def begin(
     """
     x, y, sample_weight = _batches.unpack(data)
     y, sample_weight = _batches.as_outputs(y, sample_weight, model)
-    x = begin_lanes(model, x, aligned)
+    x = check_lanes(model, x, aligned)
     if tf.nest.is_nested(x.get("known")):
         x["known"] = _keras.targets_like(model, x["known"], model.output)
     return x, y, sample_weight
 
 
-def begin_lanes(
+def check_lanes(
     model: keras.Model, x: Mapping[str, tf.Tensor], aligned: bool = False
 ) -> dict[str, tf.Tensor]:
-    """Checks that windows continue their lanes, and resets the lanes that begin a document.
+    """Checks that windows continue their lanes.
 
     Args:
         model: A `TBPTTModel`.
@@ -70,11 +71,9 @@ def begin_lanes(
         Inputs with all lane flags.
     """
     checks = model.window_order.follow(x, aligned) if _batches.has_order(x) else []
-    x = _batches.with_all_flags(x, model.lanes, model.window)
+    x = _batches.with_all_flags(x, model.all_lanes, model.window)
     with tf.control_dependencies(checks):
-        checked = tf.nest.map_structure(tf.identity, dict(x))
-    reset_states(model, checked["starts"])
-    return checked
+        return tf.nest.map_structure(tf.identity, dict(x))
 
 
 def pooling_states(model: keras.Model) -> list[bool]:
@@ -151,7 +150,20 @@ class OneWindow:
             sample_weight: `tf.TensorSpec` of the weights.
         """
 
-    def __call__(self, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: Any) -> Found:
+    def learns(self, x: Mapping[str, tf.Tensor], share: Any) -> bool | tf.Tensor:
+        """Whether there is anything to learn in a window.
+
+        Args:
+            x: Inputs and lane flags, of all replicas.
+            share: How much each row counts, without the weights of documents.
+        """
+        if not self._model.may_only_run and "known" not in x:
+            return True
+        return any_counts(share)
+
+    def __call__(
+        self, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: Any, learns: bool | tf.Tensor
+    ) -> Found:
         """Learns from a window of every lane.
 
         Args:
@@ -159,14 +171,13 @@ class OneWindow:
             y: Targets.
             weight: How much each row counts in the loss, weights of documents included.
             share: How much each row counts, without the weights of documents.
+            learns: What `learns` has returned.
         """
         model = self._model
-        if not model.may_only_run and "known" not in x:
-            return self._learn(x, y, weight, share)
         _build(model.optimizer, model.trainable_variables)
         zero = tf.zeros([], keras.backend.floatx())
-        return tf.cond(
-            any_counts(share),
+        return _if(
+            learns,
             lambda: self._learn(x, y, weight, share),
             lambda: Found(seen(run_window(model, x, training=True)), BatchLoss(zero, zero, zero)),
         )
@@ -183,7 +194,7 @@ class OneWindow:
         # slices of the same word one by one, and clip by them, instead of by their sum.
         if not isinstance(model.optimizer, LazyAdam):
             gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
-        model.optimizer.apply(gradients, model.trainable_variables)
+        _apply(model, gradients)
         return Found(seen(y_pred), loss)
 
 
@@ -211,7 +222,24 @@ class SeveralWindows:
         """
         self._history_of(self._kept_of(x, y, sample_weight)).clear()
 
-    def __call__(self, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: Any) -> Found:
+    def learns(self, x: Mapping[str, tf.Tensor], share: Any) -> bool | tf.Tensor:
+        """Whether it is time to learn.
+
+        Args:
+            x: Inputs and lane flags, of all replicas.
+            share: How much each row counts, without the weights of documents.
+        """
+        if self._sliding:
+            return any_counts(share)
+        learns = tf.reduce_all(x["ends"] | (x["lengths"] == 0))  # in every lane
+        if self._cuts is not None:
+            draw = keras.random.uniform([], seed=self._cuts)
+            learns |= tf.cast(draw, "float32") < self._model.cut_probability
+        return learns
+
+    def __call__(
+        self, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: Any, learns: bool | tf.Tensor
+    ) -> Found:
         """Runs a window, keeps what it takes to run it again, and learns when it is time.
 
         Args:
@@ -219,6 +247,7 @@ class SeveralWindows:
             y: Targets.
             weight: How much each row counts in the loss, weights of documents included.
             share: How much each row counts, without the weights of documents.
+            learns: What `learns` has returned.
         """
         model = self._model
         window = self._kept_of(x, y, weight)
@@ -227,14 +256,7 @@ class SeveralWindows:
         y_pred = run_window(model, x, training=True)
         loss = batch_loss(model, x["inputs"], y, y_pred, weight, share, training=True)
 
-        learns = any_counts(share)
-        crossing = 1.0
-        if not self._sliding:
-            learns = tf.reduce_all(x["ends"] | (x["lengths"] == 0))  # in every lane
-        if self._cuts is not None:
-            draw = keras.random.uniform([], seed=self._cuts)
-            learns |= tf.cast(draw, "float32") < model.cut_probability
-            crossing = 1 / (1 - model.cut_probability)
+        crossing = 1.0 if self._cuts is None else 1 / (1 - model.cut_probability)
         pooled = model.window_loss == "pooled"
         crossings = [crossing if pools or not pooled else 0.0 for pools in pooling_states(model)]
 
@@ -247,13 +269,13 @@ class SeveralWindows:
                 crossings,
                 slices=isinstance(model.optimizer, LazyAdam),
             )
-            model.optimizer.apply(gradients, model.trainable_variables)
+            _apply(model, gradients)
             if not self._sliding:
                 history.clear()
             return True
 
         _build(model.optimizer, model.trainable_variables)
-        tf.cond(learns, learn, lambda: False)
+        _if(learns, learn, lambda: False)
         return Found(seen(y_pred), loss)
 
     def _run_again(
@@ -270,7 +292,8 @@ class SeveralWindows:
         )
         y_pred = keras.tree.map_structure(_of_shape, y_pred, model.output)
         loss = uncounted_loss(model, window["inputs"], window["y"], y_pred, weight, training=True)
-        loss -= (1 - tf.cast(newest, loss.dtype)) * penalty(model, loss)  # once in a step
+        once = penalty(model, loss) / model.replicas.count  # in a step, of all replicas
+        loss -= (1 - tf.cast(newest, loss.dtype)) * once
         return model.optimizer.scale_loss(loss), new_states
 
     def _kept_of(self, x: Mapping[str, Any], y: Any, weight: Any) -> dict[str, Any]:
@@ -290,9 +313,43 @@ class SeveralWindows:
         if self.history is None or self.history.spec != spec:
             limit = self._model.backprop_windows if self._sliding else None
             specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), window)
-            with tf.init_scope():
+            with tf.init_scope(), model_scope(self._model):
                 self.history = WindowHistory(specs, limit)
         return self.history
+
+
+def model_scope(model: keras.Model) -> contextlib.AbstractContextManager:
+    """Where a model's variables are made: on all of its replicas.
+
+    Args:
+        model: A `TBPTTModel`.
+    """
+    strategy = model.replicas.strategy
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def _if(condition: bool | tf.Tensor, yes: Callable, no: Callable) -> Any:
+    if isinstance(condition, bool):
+        return yes() if condition else no()
+    return tf.cond(condition, yes, no)
+
+
+def _apply(model: keras.Model, gradients: list[Any]) -> None:
+    """Makes an optimizer step. Gradients are summed over replicas before they are clipped."""
+    optimizer, replicas = model.optimizer, model.replicas.count
+    if replicas > 1 and clips(optimizer):
+        kept = [gradient for gradient in gradients if gradient is not None]
+        summed = tf.distribute.get_replica_context().all_reduce("SUM", kept)
+        # The optimizer adds up the parts of all replicas. The norm of a part is below any limit.
+        parts = iter([_divided(each, replicas) for each in _keras.clip(optimizer, list(summed))])
+        gradients = [None if gradient is None else next(parts) for gradient in gradients]
+    optimizer.apply(gradients, model.trainable_variables)
+
+
+def _divided(gradient: Any, count: int) -> Any:
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values / count, gradient.indices, gradient.dense_shape)
+    return gradient / count
 
 
 def _real_steps(model: keras.Model, x: Mapping[str, tf.Tensor]) -> tf.Tensor:

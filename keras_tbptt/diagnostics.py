@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from keras_tbptt._gradient_walk import GradientWalk
+from keras_tbptt._replicas import check_one_device
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.types import Documents, Labels
 
@@ -186,6 +187,7 @@ def gradient_reach(
     reach.figure("reach.png")
     ```
     """
+    check_one_device(model, "The gradient's reach")
     if getattr(model, "loss", None) is None:
         raise ValueError(
             "The model needs a loss to take the gradient of: call model.compile(optimizer, loss). "

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tbptt import _keras
+from keras_tbptt._replicas import check_one_device
 from keras_tbptt._reporting import batch_loss, penalty
 from keras_tbptt._steps import Found, run_window
 from keras_tbptt.data.windows import DocumentWindows
@@ -189,6 +190,7 @@ def _check(
             "Dynamic evaluation needs a compiled TBPTTModel: call model.compile(loss=...). "
             f"Received: {model!r}"
         )
+    check_one_device(model, "Dynamic evaluation")
     half = [each.name for each in _keras.flatten_layers(model) if each.compute_dtype == "float16"]
     if half:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,20 +12,22 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
-from keras_tbptt._prediction import without_training
+from keras_tbptt._compiled import check_compiled, check_optimizer
+from keras_tbptt._prediction import single_steps, without_training
 from keras_tbptt._reach import WindowHistory, check_backprop_windows
 from keras_tbptt._sampling import SamplesClasses
 from keras_tbptt._shares import evaluation_shares, multiplied, shares
 from keras_tbptt._steps import (
     ForwardOnly,
-    Found,
     OneWindow,
     SeveralWindows,
-    begin,
+    model_scope,
     pooling_states,
+    unpacked,
 )
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.losses import FINAL_LOSSES, WindowLoss, check_window_loss
+from keras_tbptt.state import reset_states
 
 
 @keras.saving.register_keras_serializable(package="keras_tbptt")
@@ -96,6 +99,9 @@ class TBPTTModel(SamplesClasses):
     model.fit(train, validation_data=valid, epochs=3)
     ```
     """
+
+    train_function: Any
+    test_function: Any
 
     def __init__(
         self,
@@ -171,12 +177,13 @@ class TBPTTModel(SamplesClasses):
                 "Every metric of a TBPTTModel is weighted: put them all into `weighted_metrics`. "
                 f"Received: metrics={metrics}, weighted_metrics={weighted_metrics}"
             )
-        if self.backprop_windows != 1:
+        if self.backprop_windows != 1 or self.replicas.strategy is not None:
             if kwargs.setdefault("jit_compile", False) is True:
                 raise ValueError(
-                    "XLA cannot compile a gradient through several windows: leave jit_compile out, "
-                    "or set backprop_windows=1. Received: jit_compile=True, "
-                    f"backprop_windows={self.backprop_windows!r}"
+                    "XLA cannot compile a gradient through several windows, or steps of several "
+                    "replicas: leave jit_compile out, or set backprop_windows=1 and use one "
+                    "device. Received: jit_compile=True, "
+                    f"backprop_windows={self.backprop_windows!r}, strategy={self.replicas.strategy}"
                 )
         super().compile(
             optimizer,
@@ -222,10 +229,7 @@ class TBPTTModel(SamplesClasses):
         dataset = _batches.as_dataset(x, self, learns=True)
         if source is not None:
             _warn_of_idle_lanes(source)
-        flags, y, sample_weight = _batches.unpack(dataset.element_spec)
-        flags = _batches.with_all_flags(flags, self.lanes, self.window)
-        y, sample_weight = _batches.as_outputs(y, sample_weight, self)
-        self._learn.prepare(flags, y, sample_weight)
+        self._prepare(dataset.element_spec, learns=True)
         kwargs.setdefault("shuffle", False)  # Keras warns that it cannot shuffle a dataset
         if class_weight is not None:
             dataset = dataset.map(_batches.class_weigher(class_weight, dataset.element_spec))
@@ -269,6 +273,7 @@ class TBPTTModel(SamplesClasses):
             tf.errors.InvalidArgumentError: If the windows of a lane do not follow each other.
         """
         dataset = _batches.as_dataset(x, self, steps=kwargs.get("steps"))
+        self._prepare(dataset.element_spec)
         with without_training(self, x):
             results = super().evaluate(dataset, *args, **kwargs)
         if not _loss_metric(self).count.numpy():
@@ -312,10 +317,23 @@ class TBPTTModel(SamplesClasses):
         Returns:
             A dict of the metrics' values.
         """
-        x, y, weight = begin(self, data, aligned=self.backprop_windows == "all")
+        x, y, weight = unpacked(self, data, aligned=self.backprop_windows == "all")
         share = shares(self.window_loss, x, self.window, weight, self.burn_in)
-        weight = multiplied(weight, share)
-        return self._report(self._learn(x, y, weight, share), x, y, weight)
+        learns = self._learn.learns(x, share)
+
+        def learn(learns: bool | tf.Tensor) -> dict[str, tf.Tensor]:
+            return self._on_replicas(
+                functools.partial(self._learn, learns=learns),
+                x,
+                y,
+                multiplied(weight, share),
+                share,
+            )
+
+        if self.replicas.strategy is None or learns is True:
+            return learn(learns)
+        # Outside of the replicas, which must sum up their gradients all together or not at all.
+        return tf.cond(learns, lambda: learn(True), lambda: learn(False))
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Runs one window of every lane, and counts the documents that end in it.
@@ -326,10 +344,50 @@ class TBPTTModel(SamplesClasses):
         Returns:
             A dict of the metrics' values.
         """
-        x, y, weight = begin(self, data)
+        x, y, weight = unpacked(self, data)
         share = evaluation_shares(x, self.window, weight)
-        weight = multiplied(weight, share)
-        return self._report(self._evaluate(x, y, weight, share), x, y, weight)
+        return self._on_replicas(self._evaluate, x, y, multiplied(weight, share), share)
+
+    def make_train_function(self, force: bool = False) -> Callable:
+        """Makes what Keras calls for `steps_per_execution` windows.
+
+        Args:
+            force: bool. Whether to make it anew.
+        """
+        if self.train_function is None or force:
+            super().make_train_function(force)
+            self.train_function = self._one_by_one(self.train_function)
+        return self.train_function
+
+    def make_test_function(self, force: bool = False) -> Callable:
+        """Makes what Keras calls for `steps_per_execution` windows of an evaluation.
+
+        Args:
+            force: bool. Whether to make it anew.
+        """
+        if self.test_function is None or force:
+            super().make_test_function(force)
+            self.test_function = self._one_by_one(self.test_function)
+        return self.test_function
+
+    def _one_by_one(self, function: Callable) -> Callable:
+        """Several windows of several replicas, which TensorFlow cannot run in a loop of a graph."""
+        if self.replicas.strategy is None:
+            return function
+
+        def run(iterator: Any) -> dict[str, tf.Tensor]:
+            logs = None
+            for _ in range(self.steps_per_execution):
+                try:
+                    with single_steps(self):
+                        logs = function(iterator)
+                except (StopIteration, tf.errors.OutOfRangeError):
+                    if logs is None:
+                        raise
+                    break
+            return logs
+
+        return run
 
     def evaluates_by(self, step: Callable) -> Callable:
         """Sets what runs a window in `evaluate`, for other kinds of evaluation.
@@ -373,12 +431,33 @@ class TBPTTModel(SamplesClasses):
         """The windows that the next step's gradient may flow back to; None with reach 1."""
         return self._learn.history
 
-    def _report(
-        self, found: Found, x: Mapping[str, tf.Tensor], y: Any, weight: Any
+    def _on_replicas(
+        self, step: Callable, x: Any, y: Any, weight: Any, share: Any
     ) -> dict[str, tf.Tensor]:
-        """Adds what a step found to the reported loss and the metrics."""
-        _loss_metric(self).update_state(found.loss.mean, sample_weight=found.loss.count)
-        return self.compute_metrics(x["inputs"], y, found.y_pred, weight)
+        """Makes a step on each replica; the reported loss and the metrics are those of all."""
+
+        def run(x: Any, y: Any, weight: Any, share: Any) -> dict[str, tf.Tensor]:
+            reset_states(self, x["starts"])
+            found = step(x, y, weight, share)
+            _loss_metric(self).update_state(found.loss.mean, sample_weight=found.loss.count)
+            return self.compute_metrics(x["inputs"], y, found.y_pred, weight)
+
+        logs = self.replicas.run(run, x, y, weight, share)
+        return logs if self.replicas.strategy is None else self.get_metrics_result()
+
+    def _prepare(self, spec: tuple, learns: bool = False) -> None:
+        """Makes the variables of a training or an evaluation before the first step."""
+        flags, y, sample_weight = _batches.unpack(spec)
+        flags = _batches.with_all_flags(flags, self.all_lanes, self.window)
+        y, sample_weight = _batches.as_outputs(y, sample_weight, self)
+        flags, y, sample_weight = self.replicas.specs((flags, y, sample_weight))
+        if self.replicas.strategy is not None:
+            check_optimizer(self)
+            with model_scope(self):
+                _keras.build_compiled(self, flags["inputs"], y, sample_weight)
+            check_compiled(self)
+        if learns:
+            self._learn.prepare(flags, y, sample_weight)
 
 
 def _warn_of_idle_lanes(windows: DocumentWindows) -> None:

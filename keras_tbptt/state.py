@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras_tbptt import _keras
 from keras_tbptt._inputs import ModelInputs, static_layers
 from keras_tbptt._masks import window_mask
+from keras_tbptt._replicas import copies
 from keras_tbptt._tensors import of_rank
 
 
@@ -153,7 +154,8 @@ def get_states(model: keras.Model) -> list[np.ndarray]:
         model: A built `keras.Model`.
 
     Returns:
-        Arrays `[lanes, ...]`, in the order of `state_variables`.
+        Arrays `[lanes, ...]`, in the order of `state_variables`; under a `tf.distribute` strategy
+        with the lanes of all replicas of this process.
 
     Example:
 
@@ -163,7 +165,10 @@ def get_states(model: keras.Model) -> list[np.ndarray]:
     keras_tbptt.state.set_states(model, states)
     ```
     """
-    return [variable.numpy() for variable in state_variables(model)]
+    return [
+        np.concatenate([copy.numpy() for copy in copies(variable)])
+        for variable in state_variables(model)
+    ]
 
 
 def set_states(model: keras.Model, states: Sequence[Any]) -> None:
@@ -184,15 +189,23 @@ def set_states(model: keras.Model, states: Sequence[Any]) -> None:
     """
     variables = state_variables(model)
     states = [tf.convert_to_tensor(state) for state in states]
-    expected = [tuple(variable.shape) for variable in variables]
+    replicas = [len(copies(variable)) for variable in variables]
+    expected = [
+        (count * v.shape[0], *v.shape[1:]) for v, count in zip(variables, replicas, strict=True)
+    ]
     received = [tuple(state.shape) for state in states]
     if expected != received:
         raise ValueError(
             f"`states` must have shapes {expected}, as `get_states` gives them. "
             f"Received: shapes {received}"
         )
-    for variable, state in zip(variables, states, strict=True):
-        variable.assign(tf.cast(state, variable.dtype))
+    for variable, state, count in zip(variables, states, replicas, strict=True):
+        state = tf.cast(state, variable.dtype)
+        if count == 1:
+            variable.assign(state)
+            continue
+        for copy, rows in zip(copies(variable), tf.split(state, count), strict=True):
+            copy.assign(rows)
 
 
 def reset_states(model: keras.Model, lanes: Any = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 import warnings
 from typing import Any
@@ -13,12 +14,14 @@ import tensorflow as tf
 
 from keras_tbptt import _batches
 from keras_tbptt._keras import set_initial_epoch, sibling_callbacks
+from keras_tbptt._replicas import copies
 from keras_tbptt.callbacks import _identity as identity
 from keras_tbptt.callbacks._agreement import FORMAT, check_agreement, versions
 from keras_tbptt.callbacks._checkpoints import CheckpointDirectory, DamagedCheckpointError
 from keras_tbptt.callbacks._memory import CallbackMemory
 from keras_tbptt.callbacks._nonfinite import all_finite, find_cause
 from keras_tbptt.callbacks._signals import DeferredSignals
+from keras_tbptt.callbacks._workers import Workers
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.model import TBPTTModel
 from keras_tbptt.state import seed_variables, state_variables, stateful_layers
@@ -110,6 +113,7 @@ class ExactBackup(keras.callbacks.Callback):
             ):
                 raise ValueError(f"`{name}` must be an integer >= 1. Received: {name}={value!r}")
         self.directory = CheckpointDirectory(backup_dir, keep)
+        self._workers = Workers(None)
         self.windows = windows
         self.every_seconds = every_seconds
         self.every_windows = every_windows
@@ -120,6 +124,8 @@ class ExactBackup(keras.callbacks.Callback):
         """Restores the newest intact checkpoint, if there is one."""
         stateful_layers(self.model)
         self._check_steps()
+        self._workers = Workers(getattr(self.model, "replicas", None))
+        self.directory = self._workers.directory(self.directory)
         self._memory = CallbackMemory(sibling_callbacks() or [self], owner=self)
         self._validating = False
         _build_variables(self.model, self.windows)
@@ -185,14 +191,16 @@ class ExactBackup(keras.callbacks.Callback):
         """Notes the variables that validation is going to change."""
         self._validating = self._signals.installed
         if self._validating:
-            self._training_values = [(v, v.numpy()) for v in self._shared_with_validation()]
+            self._training_values = [
+                (copy, copy.numpy()) for v in self._shared_with_validation() for copy in copies(v)
+            ]
 
     def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
         """Saves the state before validation, if a signal has arrived."""
-        if self._validating and self._signals.received:
+        if self._validating and self._workers.on_signal(self._signals.received):
             for variable, value in self._training_values:
                 variable.assign(value)
-            self._save_or_stop()
+            self._save_and_stop()
 
     def on_test_end(self, logs: Any = None) -> None:
         """Ends validation."""
@@ -227,12 +235,10 @@ class ExactBackup(keras.callbacks.Callback):
         model = self.model
         found = [*model.variables, *model.optimizer.variables, *self._shared_with_validation()]
         rates = {id(rate) for rate in identity.learning_rates(model)}
-        values = [
-            v.value if isinstance(v, keras.Variable) else v for v in found if id(v) not in rates
-        ]
+        values: list[Any] = [v for v in found if id(v) not in rates]
         for name in ("window_history", "window_order"):  # of a TBPTTModel
             values += getattr(getattr(model, name, None), "variables", [])
-        return list({id(v): v for v in values}.values())
+        return list({id(copy): copy for v in values for copy in copies(v)}.values())
 
     def _shared_with_validation(self) -> list[keras.Variable]:
         # Keras's recurrent layers draw dropout masks in validation too, without using them.
@@ -243,12 +249,16 @@ class ExactBackup(keras.callbacks.Callback):
         """What a checkpoint must agree with."""
         # Without the window history's variables, whose first dimension grows.
         shapes = [[*v.shape] for v in self._variables() if None not in v.shape]
-        return {**identity.training_identity(self.model, self.windows), "variables": shapes}
+        return {
+            **self._workers.identity,
+            **identity.training_identity(self.model, self.windows),
+            "variables": shapes,
+        }
 
     def _newest(self) -> dict[str, Any] | None:
         """What the newest intact checkpoint says of itself, with its `path`."""
         there = self.directory.newest_first()
-        for checkpoint in there:
+        for checkpoint in self._workers.on_checkpoints(there, self.directory):
             try:
                 return {**self.directory.read_about(checkpoint), "path": checkpoint}
             except DamagedCheckpointError as error:
@@ -306,10 +316,9 @@ class ExactBackup(keras.callbacks.Callback):
         model.train_function = skip
 
     def _save_or_stop(self) -> None:
-        if self._signals.received:
-            self._signals.restore()
-            self._save()
-            self._signals.pass_on()
+        ask = self._workers.is_time(self._done)
+        if ask and self._workers.on_signal(self._signals.received):
+            self._save_and_stop()
             return
         waited = time.monotonic() - self._saved_at
         by_time = self.every_seconds is not None and waited >= max(
@@ -318,11 +327,18 @@ class ExactBackup(keras.callbacks.Callback):
         by_windows = self.every_windows is not None and (
             self._done - self._saved_windows >= self.every_windows
         )
-        if by_time or by_windows:
+        if by_windows or (ask and self._workers.on_clock(by_time)):
             try:
                 self._save()
             except BackupError as error:
                 warnings.warn(f"{error} Training continues, and tries again.", stacklevel=2)
+
+    def _save_and_stop(self) -> None:
+        self._signals.restore()
+        self._save()
+        self._signals.pass_on()
+        if self._workers.several:  # of another worker
+            raise SystemExit(128 + signal.SIGTERM)
 
     def _save(self, ended: bool = False) -> None:
         began = time.monotonic()
@@ -371,8 +387,10 @@ class ExactBackup(keras.callbacks.Callback):
         self._restore(about)
         begin = about["windows_epoch"], about["window"]
         end = self._epoch + self._ahead, self._window
-        cause = find_cause(self.model, self.windows, begin, end)
-        self._restore(about)
+        cause = "a window since then"
+        if self._workers.one_device:
+            cause = find_cause(self.model, self.windows, begin, end)
+            self._restore(about)
         raise FloatingPointError(
             "Training has stopped, and the model has the weights of the last checkpoint. Exploding "
             "gradients are the usual cause: give the optimizer clipnorm=1.0 or a lower "
@@ -383,6 +401,9 @@ class ExactBackup(keras.callbacks.Callback):
 
 def _build_variables(model: keras.Model, windows: DocumentWindows) -> None:
     """Makes the variables that Keras would make in the first step."""
+    replicas = getattr(model, "replicas", None)
+    if replicas is not None and replicas.strategy is not None:
+        return  # `fit` has made them on all replicas
     if not model.optimizer.built:  # LossScaleOptimizer would make its variables again
         model.optimizer.build(model.trainable_variables)
     epoch = windows.epoch

@@ -125,6 +125,12 @@ class ResetStates(keras.callbacks.Callback):
                 "A TBPTTModel resets its own lanes: leave ResetStates out. "
                 f"Received: model {model.name!r}"
             )
+        if model.distribute_strategy.num_replicas_in_sync > 1:
+            raise ValueError(
+                "ResetStates resets the lanes of one device: train a TBPTTModel, which runs on "
+                f"several. Received: model {model.name!r} on "
+                f"{model.distribute_strategy.num_replicas_in_sync} replicas"
+            )
         if model.steps_per_execution != 1:
             raise ValueError(
                 "ResetStates needs steps_per_execution=1, because Keras calls no callback between "

@@ -55,6 +55,11 @@ class DescribesDocuments:
         return self._flat.has_unknown
 
     @property
+    def weights_differ(self) -> bool:
+        """Whether outputs count in other places than others, or not as much."""
+        return self._flat.weights_differ
+
+    @property
     def feature_shape(self) -> Any:
         """Shape of one step: `()` for ids, `(F,)` for features; with named inputs a dict."""
         return self._flat.of_inputs(lambda given: tuple(given.values.shape[1:]))

@@ -263,6 +263,11 @@ class DocumentWindows(DescribesDocuments):
         return self.mean_window is not None or bool((self._layout.lengths % self.window).any())
 
     @property
+    def draws(self) -> bool:
+        """Whether the plan of an epoch depends on the seed."""
+        return self.shuffle or self.mean_window is not None or self.stretch is not None
+
+    @property
     def plan(self) -> Plan:
         """What each lane processes in the coming epoch."""
         return self._plan_of(self.epoch)
@@ -354,8 +359,7 @@ class DocumentWindows(DescribesDocuments):
         return functools.lru_cache(maxsize=2)(self._layout.plan)
 
     def _plan_of(self, epoch: int) -> Plan:
-        drawn = self.shuffle or self.mean_window is not None or self.stretch is not None
-        return self._plans((self.seed, epoch if drawn else 0), self.shuffle)
+        return self._plans((self.seed, epoch if self.draws else 0), self.shuffle)
 
     def _read(self, epoch: np.int64, step: np.int64) -> list[np.ndarray]:
         return tf.nest.flatten(self._flat.batch(self._plan_of(int(epoch)), int(step), self.window))

@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from keras_tbptt._inputs import ModelInputs
+from keras_tbptt._replicas import check_one_device
 from keras_tbptt._tensors import (
     has_time_axis,
     last_real_steps,
@@ -25,7 +26,11 @@ def functional(model: keras.Model) -> keras.Model:
 
     Args:
         model: A functional or built `Sequential` model.
+
+    Raises:
+        ValueError: If the model runs on several replicas.
     """
+    check_one_device(model, "An export, a generation or a forecast")
     if isinstance(model, keras.Sequential):  # which has no symbolic `output`
         return keras.Model(model.inputs, model.outputs[0])
     return model
