@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import keras
 from absl import flags
 
 import keras_tbptt
-from experiments import data, figures, runner
+from experiments import data, figures, runner, workers
 from keras_tbptt import text
 from keras_tbptt.data import PACKINGS
 from keras_tbptt.losses import FINAL_LOSSES, WINDOW_LOSSES
@@ -84,12 +85,25 @@ flags.DEFINE_integer(
     "steps_per_execution", 16, "Windows that TensorFlow runs before callbacks are called.", 1
 )  # fmt: skip
 flags.adopt_module_key_flags(runner)
+flags.adopt_module_key_flags(workers)
 FLAGS = flags.FLAGS
 
 
-def build_model() -> keras_tbptt.TBPTTModel:
-    """Builds the model that the flags describe: an embedding, an LSTM and a sigmoid."""
-    lanes, window = FLAGS.lanes, FLAGS.window
+def build_model(replicas: int = 1) -> keras_tbptt.TBPTTModel:
+    """Builds the model that the flags describe: an embedding, an LSTM and a sigmoid.
+
+    Args:
+        replicas: int. Between how many replicas the lanes are divided. Defaults to 1.
+
+    Raises:
+        RunError: If the lanes cannot be divided equally.
+    """
+    if FLAGS.lanes % replicas:
+        raise runner.RunError(
+            "The lanes must be divided equally between the replicas: give a multiple. "
+            f"Received: --lanes={FLAGS.lanes}, {replicas} replicas"
+        )
+    lanes, window = FLAGS.lanes // replicas, FLAGS.window
     tokens = keras.Input(batch_shape=(lanes, window), dtype="int32", name="tokens")
     x = keras.layers.Embedding(FLAGS.vocab_size, FLAGS.embedding_dim, mask_zero=True)(tokens)
     x = keras.layers.Dropout(FLAGS.word_dropout, noise_shape=(lanes, window, 1))(x)
@@ -113,21 +127,24 @@ def main() -> None:
     """Trains, keeps the best epoch, tests it once, exports it, and writes the run directory."""
     if FLAGS.export_dir:
         runner.check_writable(pathlib.Path(FLAGS.export_dir), "--export_dir")
+    if FLAGS.workers > 1 and "TF_CONFIG" not in os.environ:
+        directory = run_directory()
+        if directory is not None:
+            workers.launch(directory)
+        return
+    strategy, first = workers.strategy(), workers.index() == 0
     keras.utils.set_random_seed(FLAGS.seed)
     try:
         corpus = data.load(FLAGS.data, FLAGS.data_dir, FLAGS.limit, FLAGS.validation, FLAGS.seed)
     except data.DataUnavailableError as error:
         raise runner.RunError(str(error)) from error
-    directory = runner.RunDirectory(
-        "imdb", f"window{FLAGS.window}-{FLAGS.window_loss}", free=["backup_seconds"]
-    )
-    if directory.results and bool(directory.results["export_path"]) == bool(FLAGS.export_dir):
-        print("This run is complete.")
-        print_closing_table(directory.results, directory)
+    directory = run_directory()
+    if directory is None:
         return
 
     vectorizer = text.make_vectorizer(corpus.train.texts, FLAGS.vocab_size)
-    model = build_model()
+    with workers.scope(strategy):
+        model = build_model(1 if strategy is None else strategy.num_replicas_in_sync)
     together = FLAGS.window_loss in FINAL_LOSSES or model.backprop_windows == "all"
     packing = FLAGS.packing or ("aligned" if together else "packed")
     windows = {
@@ -146,21 +163,27 @@ def main() -> None:
 
     steps = FLAGS.epochs * model.optimizer_steps(train)
     rate = keras.optimizers.schedules.CosineDecay(FLAGS.learning_rate, steps)
-    model.compile(
-        OPTIMIZERS[FLAGS.optimizer](rate, clipnorm=1.0),
-        "binary_crossentropy",
-        weighted_metrics=["accuracy"],
-        steps_per_execution=FLAGS.steps_per_execution,
-    )
+    with workers.scope(strategy):
+        model.compile(
+            OPTIMIZERS[FLAGS.optimizer](rate, clipnorm=1.0),
+            "binary_crossentropy",
+            weighted_metrics=["accuracy"],
+            steps_per_execution=FLAGS.steps_per_execution,
+        )
     epochs = runner.Epochs(train.num_steps, directory / "log.csv")
     model.fit(
         train,
         validation_data=valid,
         epochs=FLAGS.epochs,
         callbacks=runner.keras_callbacks(directory, train, epochs),
+        verbose="auto" if first else 0,
     )
-    model.save_weights(directory / "best.weights.h5")
     test_loss, test_accuracy = model.evaluate(test, verbose=0)
+    if not first:
+        return
+    if model.replicas.count > 1:
+        model = model.resized(lanes=FLAGS.lanes)
+    model.save_weights(directory / "best.weights.h5")
 
     results = {
         "dataset": corpus.name,
@@ -196,6 +219,18 @@ def main() -> None:
             "answers of the saved model",
             {text: f"{answer:.4f}" for text, answer in zip(texts, answers, strict=True)},
         )
+
+
+def run_directory() -> runner.RunDirectory | None:
+    """The directory of the run; None, with its results on the terminal, if it is complete."""
+    directory = runner.RunDirectory(
+        "imdb", f"window{FLAGS.window}-{FLAGS.window_loss}", free=["backup_seconds"]
+    )
+    if directory.results and bool(directory.results["export_path"]) == bool(FLAGS.export_dir):
+        print("This run is complete.")
+        print_closing_table(directory.results, directory)
+        return None
+    return directory
 
 
 def serve_in_a_fresh_process(path: str, texts: list[str]) -> list[float]:

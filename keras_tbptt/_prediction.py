@@ -78,7 +78,7 @@ class PredictsDocuments(SavesStates):
             tf.errors.InvalidArgumentError: If the windows of a lane do not follow each other.
         """
         dataset = _batches.as_dataset(x, self, needs_labels=False)
-        with without_training(self, x), single_steps(self):
+        with without_training(self, x), _single_steps(self):
             return super().predict(dataset, *args, **kwargs)
 
     def predict_documents(
@@ -271,14 +271,8 @@ def without_training(model: PredictsDocuments, x: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def single_steps(model: keras.Model) -> Iterator[None]:
-    """Keras then calls a step once, and not `steps_per_execution` times.
-
-    Its `predict` would build the model once for each of them.
-
-    Args:
-        model: A compiled model.
-    """
+def _single_steps(model: keras.Model) -> Iterator[None]:
+    """Keras's `predict` would build the model once for each of `steps_per_execution`."""
     steps, model.steps_per_execution = model.steps_per_execution, 1
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -134,9 +135,16 @@ class Replicas:
         if self.workers == 1:
             return np.array([numbers], "int64")
         with self.strategy.scope():
-            mine = self.strategy.run(lambda: tf.constant([numbers], tf.int64))
-            found = self.strategy.gather(mine, axis=0).numpy()
+            found = self._gather(tf.constant([numbers], tf.int64)).numpy()
         return found[:: self.count // self.workers]
+
+    @functools.cached_property
+    def _gather(self) -> Callable:
+        @tf.function(reduce_retracing=True)  # eagerly it is slow, and TensorFlow warns of it
+        def gather(numbers: tf.Tensor) -> tf.Tensor:
+            return self.strategy.gather(self.strategy.run(tf.identity, (numbers,)), axis=0)
+
+        return gather
 
     def _own(self, whole: Any) -> Any:
         if self.count == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
 from keras_tbptt._compiled import check_compiled, check_optimizer
-from keras_tbptt._prediction import single_steps, without_training
+from keras_tbptt._prediction import without_training
 from keras_tbptt._reach import WindowHistory, check_backprop_windows
 from keras_tbptt._sampling import SamplesClasses
 from keras_tbptt._shares import evaluation_shares, multiplied, shares
@@ -376,16 +377,9 @@ class TBPTTModel(SamplesClasses):
             return function
 
         def run(iterator: Any) -> dict[str, tf.Tensor]:
-            logs = None
-            for _ in range(self.steps_per_execution):
-                try:
-                    with single_steps(self):
-                        logs = function(iterator)
-                except (StopIteration, tf.errors.OutOfRangeError):
-                    if logs is None:
-                        raise
-                    break
-            return logs
+            # Not by the function itself: at the end of the data, it would have run in part.
+            first = next(iterator)
+            return function(itertools.chain([first], iterator))
 
         return run
 

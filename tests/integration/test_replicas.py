@@ -113,3 +113,25 @@ def test_a_signal_to_one_worker_saves_on_all(tmp_path, number):
         assert process.returncode == 128 + number
     saved = [sorted(p.name for p in (tmp_path / f"part/worker-{i}").iterdir()) for i in (0, 1)]
     assert saved[0] == saved[1] and len(saved[0]) > 1
+
+
+def test_the_main_job_on_two_workers_is_that_of_one(tmp_path):
+    """Without dropout, which differs between workers."""
+    found = []
+    for count in (1, 2):
+        command = [
+            sys.executable, "-m", "experiments.imdb", "--window=30", f"--workers={count}",
+            "--data=generated", "--limit=200", "--epochs=2", "--units=16", "--vocab_size=500",
+            "--dropout=0", "--word_dropout=0", f"--run_dir={tmp_path / str(count)}",
+            f"--export_dir={tmp_path / f'saved{count}'}",
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, timeout=LIMIT
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads((tmp_path / str(count) / "results.json").read_text()))
+    one, several = found
+    for a, b in zip(one["epochs"], several["epochs"], strict=True):
+        for name in ("train_loss", "valid_loss", "valid_accuracy"):
+            assert b[name] == pytest.approx(a[name], abs=1e-5)
+    assert several["test_loss"] == pytest.approx(one["test_loss"], abs=1e-5)

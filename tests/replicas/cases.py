@@ -130,7 +130,8 @@ CASES = {
     "reach 3, final_only, L2": {"backprop_windows": 3, "window_loss": "final_only", "l2": "l2"},
     "reach all": {"backprop_windows": "all", "data": {"packing": "aligned"}},
     "artbp": {"backprop_windows": "artbp"},
-    "several an execution": {"steps_per_execution": 3, "window_loss": "final_only"},
+    "several an execution": {"steps_per_execution": 3},
+    "several an execution, final_only": {"steps_per_execution": 5, "window_loss": "final_only"},
     "LazyAdam": {"optimizer": lambda: lazy(0.01)},
     "LazyAdam, clipped, final_only": {
         "optimizer": lambda: lazy(0.01, clipnorm=0.05), "window_loss": "final_only"
