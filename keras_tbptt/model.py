@@ -145,6 +145,7 @@ class TBPTTModel(SamplesClasses):
                 f"Received: layers {[layer.name for layer in self.layers]}"
             )
         self._evaluate: Callable = ForwardOnly(self)
+        self._knows_its_batches = True  # in `fit`
         one = backprop_windows == 1
         self._learn = OneWindow(self) if one else SeveralWindows(self, self._cuts)
 
@@ -231,6 +232,7 @@ class TBPTTModel(SamplesClasses):
         if source is not None:
             _warn_of_idle_lanes(source)
         self._prepare(dataset.element_spec, learns=True)
+        self._knows_its_batches = int(dataset.cardinality()) >= 0
         kwargs.setdefault("shuffle", False)  # Keras warns that it cannot shuffle a dataset
         if class_weight is not None:
             dataset = dataset.map(_batches.class_weigher(class_weight, dataset.element_spec))
@@ -357,7 +359,7 @@ class TBPTTModel(SamplesClasses):
         """
         if self.train_function is None or force:
             super().make_train_function(force)
-            self.train_function = self._one_by_one(self.train_function)
+            self.train_function = self._read_first(self.train_function)
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> Callable:
@@ -368,16 +370,20 @@ class TBPTTModel(SamplesClasses):
         """
         if self.test_function is None or force:
             super().make_test_function(force)
-            self.test_function = self._one_by_one(self.test_function)
+            self.test_function = self._read_first(self.test_function)
         return self.test_function
 
-    def _one_by_one(self, function: Callable) -> Callable:
-        """Several windows of several replicas, which TensorFlow cannot run in a loop of a graph."""
-        if self.replicas.strategy is None:
-            return function
+    def _read_first(self, function: Callable) -> Callable:
+        """Reads a batch before the step begins, where the step might find that there is none.
+
+        Where Keras does not know the number of batches, a step runs in part at the end of the data:
+        the optimizer counts a step that it has not made. Several windows of several replicas cannot
+        run in a loop of a graph at all.
+        """
 
         def run(iterator: Any) -> dict[str, tf.Tensor]:
-            # Not by the function itself: at the end of the data, it would have run in part.
+            if self.replicas.strategy is None and self._knows_its_batches:
+                return function(iterator)
             first = next(iterator)
             return function(itertools.chain([first], iterator))
 

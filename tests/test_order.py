@@ -134,3 +134,16 @@ def test_a_model_in_the_style_of_call_is_refused_in_a_sentence():
 
     with pytest.raises(ValueError, match=r"(?s)functional model.*super\(\).*Received: "):
         Mine()
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 4])
+def test_the_end_of_data_of_unknown_length_is_no_step_of_the_optimizer(steps_per_execution):
+    """Keras's Adam would correct its bias, and a schedule would go on, for a step too many."""
+    found = []
+    for data in (windows(), flagged().filter(lambda *batch: True)):
+        model = compiled(token_model(), "adam", steps_per_execution=steps_per_execution)
+        model.fit(data, epochs=2, verbose=0)
+        assert model.optimizer.iterations.numpy() == 2 * len(windows())
+        found.append(model.get_weights())
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
