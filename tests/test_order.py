@@ -136,6 +136,7 @@ def test_a_model_in_the_style_of_call_is_refused_in_a_sentence():
         Mine()
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras, at any such end
 @pytest.mark.parametrize("steps_per_execution", [1, 4])
 def test_the_end_of_data_of_unknown_length_is_no_step_of_the_optimizer(steps_per_execution):
     """Keras's Adam would correct its bias, and a schedule would go on, for a step too many."""
