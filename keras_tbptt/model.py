@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,26 +12,23 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
-from keras_tbptt._compiled import check_compiled, check_optimizer
+from keras_tbptt._on_replicas import StepsOnReplicas, loss_metric
 from keras_tbptt._prediction import without_training
 from keras_tbptt._reach import WindowHistory, check_backprop_windows
-from keras_tbptt._sampling import SamplesClasses
 from keras_tbptt._shares import evaluation_shares, multiplied, shares
 from keras_tbptt._steps import (
     ForwardOnly,
     OneWindow,
     SeveralWindows,
-    model_scope,
     pooling_states,
     unpacked,
 )
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.losses import FINAL_LOSSES, WindowLoss, check_window_loss
-from keras_tbptt.state import reset_states
 
 
 @keras.saving.register_keras_serializable(package="keras_tbptt")
-class TBPTTModel(SamplesClasses):
+class TBPTTModel(StepsOnReplicas):
     """A functional model with stateful layers that learns documents window by window.
 
     `fit`, `evaluate` and `predict` are Keras's own and take `DocumentWindows`. For each window of a
@@ -101,9 +97,6 @@ class TBPTTModel(SamplesClasses):
     ```
     """
 
-    train_function: Any
-    test_function: Any
-
     def __init__(
         self,
         inputs: Any = None,
@@ -145,7 +138,6 @@ class TBPTTModel(SamplesClasses):
                 f"Received: layers {[layer.name for layer in self.layers]}"
             )
         self._evaluate: Callable = ForwardOnly(self)
-        self._knows_its_batches = True  # in `fit`
         one = backprop_windows == 1
         self._learn = OneWindow(self) if one else SeveralWindows(self, self._cuts)
 
@@ -231,8 +223,8 @@ class TBPTTModel(SamplesClasses):
         dataset = _batches.as_dataset(x, self, learns=True)
         if source is not None:
             _warn_of_idle_lanes(source)
-        self._prepare(dataset.element_spec, learns=True)
-        self._knows_its_batches = int(dataset.cardinality()) >= 0
+        flags, y, sample_weight = self.prepare(dataset, learns=True)
+        self._learn.prepare(flags, y, sample_weight)
         kwargs.setdefault("shuffle", False)  # Keras warns that it cannot shuffle a dataset
         if class_weight is not None:
             dataset = dataset.map(_batches.class_weigher(class_weight, dataset.element_spec))
@@ -276,10 +268,10 @@ class TBPTTModel(SamplesClasses):
             tf.errors.InvalidArgumentError: If the windows of a lane do not follow each other.
         """
         dataset = _batches.as_dataset(x, self, steps=kwargs.get("steps"))
-        self._prepare(dataset.element_spec)
+        self.prepare(dataset)
         with without_training(self, x):
             results = super().evaluate(dataset, *args, **kwargs)
-        if not _loss_metric(self).count.numpy():
+        if not loss_metric(self).count.numpy():
             warnings.warn(
                 "No document with a weight ended in the evaluation, so it has no figures: evaluate "
                 f"more windows. Received: {x!r} with {kwargs}",
@@ -325,7 +317,7 @@ class TBPTTModel(SamplesClasses):
         learns = self._learn.learns(x, share)
 
         def learn(learns: bool | tf.Tensor) -> dict[str, tf.Tensor]:
-            return self._on_replicas(
+            return self.on_replicas(
                 functools.partial(self._learn, learns=learns),
                 x,
                 y,
@@ -349,45 +341,7 @@ class TBPTTModel(SamplesClasses):
         """
         x, y, weight = unpacked(self, data)
         share = evaluation_shares(x, self.window, weight)
-        return self._on_replicas(self._evaluate, x, y, multiplied(weight, share), share)
-
-    def make_train_function(self, force: bool = False) -> Callable:
-        """Makes what Keras calls for `steps_per_execution` windows.
-
-        Args:
-            force: bool. Whether to make it anew.
-        """
-        if self.train_function is None or force:
-            super().make_train_function(force)
-            self.train_function = self._read_first(self.train_function)
-        return self.train_function
-
-    def make_test_function(self, force: bool = False) -> Callable:
-        """Makes what Keras calls for `steps_per_execution` windows of an evaluation.
-
-        Args:
-            force: bool. Whether to make it anew.
-        """
-        if self.test_function is None or force:
-            super().make_test_function(force)
-            self.test_function = self._read_first(self.test_function)
-        return self.test_function
-
-    def _read_first(self, function: Callable) -> Callable:
-        """Reads a batch before the step begins, where the step might find that there is none.
-
-        Where Keras does not know the number of batches, a step runs in part at the end of the data:
-        the optimizer counts a step that it has not made. Several windows of several replicas cannot
-        run in a loop of a graph at all.
-        """
-
-        def run(iterator: Any) -> dict[str, tf.Tensor]:
-            if self.replicas.strategy is None and self._knows_its_batches:
-                return function(iterator)
-            first = next(iterator)
-            return function(itertools.chain([first], iterator))
-
-        return run
+        return self.on_replicas(self._evaluate, x, y, multiplied(weight, share), share)
 
     def evaluates_by(self, step: Callable) -> Callable:
         """Sets what runs a window in `evaluate`, for other kinds of evaluation.
@@ -431,34 +385,6 @@ class TBPTTModel(SamplesClasses):
         """The windows that the next step's gradient may flow back to; None with reach 1."""
         return self._learn.history
 
-    def _on_replicas(
-        self, step: Callable, x: Any, y: Any, weight: Any, share: Any
-    ) -> dict[str, tf.Tensor]:
-        """Makes a step on each replica; the reported loss and the metrics are those of all."""
-
-        def run(x: Any, y: Any, weight: Any, share: Any) -> dict[str, tf.Tensor]:
-            reset_states(self, x["starts"])
-            found = step(x, y, weight, share)
-            _loss_metric(self).update_state(found.loss.mean, sample_weight=found.loss.count)
-            return self.compute_metrics(x["inputs"], y, found.y_pred, weight)
-
-        logs = self.replicas.run(run, x, y, weight, share)
-        return logs if self.replicas.strategy is None else self.get_metrics_result()
-
-    def _prepare(self, spec: tuple, learns: bool = False) -> None:
-        """Makes the variables of a training or an evaluation before the first step."""
-        flags, y, sample_weight = _batches.unpack(spec)
-        flags = _batches.with_all_flags(flags, self.all_lanes, self.window)
-        y, sample_weight = _batches.as_outputs(y, sample_weight, self)
-        flags, y, sample_weight = self.replicas.specs((flags, y, sample_weight))
-        if self.replicas.strategy is not None:
-            check_optimizer(self)
-            with model_scope(self):
-                _keras.build_compiled(self, flags["inputs"], y, sample_weight)
-            check_compiled(self)
-        if learns:
-            self._learn.prepare(flags, y, sample_weight)
-
 
 def _warn_of_idle_lanes(windows: DocumentWindows) -> None:
     if windows.per_step and 8 * windows.num_documents < windows.lanes:
@@ -488,7 +414,3 @@ def _with_callback(callbacks: Any, first: keras.callbacks.Callback) -> Any:
         callbacks.callbacks.insert(0, first)
         return callbacks
     return [first, *keras.tree.flatten(callbacks or [])]
-
-
-def _loss_metric(model: keras.Model) -> keras.metrics.Mean:
-    return next(metric for metric in model.metrics if metric.name == "loss")

@@ -143,7 +143,7 @@ def test_the_end_of_data_of_unknown_length_is_no_step_of_the_optimizer(steps_per
     found = []
     for data in (windows(), flagged().filter(lambda *batch: True)):
         model = compiled(token_model(), "adam", steps_per_execution=steps_per_execution)
-        model.fit(data, epochs=2, verbose=0)
+        model.fit(data, validation_data=windows(), epochs=2, verbose=0)
         assert model.optimizer.iterations.numpy() == 2 * len(windows())
         found.append(model.get_weights())
     for one, other in zip(*found, strict=True):

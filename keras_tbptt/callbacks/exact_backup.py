@@ -191,9 +191,7 @@ class ExactBackup(keras.callbacks.Callback):
         """Notes the variables that validation is going to change."""
         self._validating = self._signals.installed
         if self._validating:
-            self._training_values = [
-                (copy, copy.numpy()) for v in self._shared_with_validation() for copy in copies(v)
-            ]
+            self._training_values = [(v, v.numpy()) for v in self._shared_with_validation()]
 
     def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
         """Saves the state before validation, if a signal has arrived."""
@@ -240,20 +238,18 @@ class ExactBackup(keras.callbacks.Callback):
             values += getattr(getattr(model, name, None), "variables", [])
         return list({id(copy): copy for v in values for copy in copies(v)}.values())
 
-    def _shared_with_validation(self) -> list[keras.Variable]:
+    def _shared_with_validation(self) -> list[tf.Variable]:
         # Keras's recurrent layers draw dropout masks in validation too, without using them.
         model = self.model
-        return [*state_variables(model), *seed_variables(model), *model.metrics_variables]
+        found = [*state_variables(model), *seed_variables(model), *model.metrics_variables]
+        return [copy for variable in found for copy in copies(variable)]
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
         # Without the window history's variables, whose first dimension grows.
         shapes = [[*v.shape] for v in self._variables() if None not in v.shape]
-        return {
-            **self._workers.identity,
-            **identity.training_identity(self.model, self.windows),
-            "variables": shapes,
-        }
+        described = identity.training_identity(self.model, self.windows)
+        return {**self._workers.identity, **described, "variables": shapes}
 
     def _newest(self) -> dict[str, Any] | None:
         """What the newest intact checkpoint says of itself, with its `path`."""
@@ -318,8 +314,7 @@ class ExactBackup(keras.callbacks.Callback):
     def _save_or_stop(self) -> None:
         ask = self._workers.is_time(self._done)
         if ask and self._workers.on_signal(self._signals.received):
-            self._save_and_stop()
-            return
+            return self._save_and_stop()
         waited = time.monotonic() - self._saved_at
         by_time = self.every_seconds is not None and waited >= max(
             self.every_seconds, self._took / _SHARE

@@ -1,0 +1,130 @@
+"""Steps that run on all replicas of a model, and read their batch before they begin."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_tbptt import _batches, _keras
+from keras_tbptt._compiled import check_compiled, check_optimizer
+from keras_tbptt._sampling import SamplesClasses
+from keras_tbptt._steps import model_scope
+from keras_tbptt.state import reset_states
+
+
+class StepsOnReplicas(SamplesClasses):
+    """A model whose steps run on each replica of the strategy that it was built under.
+
+    Args:
+        *args: As in a functional `keras.Model`.
+        **kwargs: As in a functional `keras.Model`.
+    """
+
+    train_function: Any
+    test_function: Any
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._knows_its_batches = True
+
+    def prepare(self, dataset: tf.data.Dataset, learns: bool = False) -> tuple[Any, Any, Any]:
+        """Makes the variables of a training or an evaluation before the first step.
+
+        Args:
+            dataset: Batches with flags, of all replicas.
+            learns: bool. Whether it is a training. Defaults to False.
+
+        Returns:
+            `tf.TensorSpec`s of the flags, targets and weights of one replica.
+
+        Raises:
+            ValueError: If the model cannot run on several replicas as it is compiled.
+        """
+        if learns:
+            self._knows_its_batches = int(dataset.cardinality()) >= 0
+        flags, y, sample_weight = _batches.unpack(dataset.element_spec)
+        flags = _batches.with_all_flags(flags, self.all_lanes, self.window)
+        y, sample_weight = _batches.as_outputs(y, sample_weight, self)
+        flags, y, sample_weight = self.replicas.specs((flags, y, sample_weight))
+        if self.replicas.strategy is not None:
+            check_optimizer(self)
+            with model_scope(self):
+                _keras.build_compiled(self, flags["inputs"], y, sample_weight)
+            check_compiled(self)
+        return flags, y, sample_weight
+
+    def on_replicas(
+        self, step: Callable, x: Any, y: Any, weight: Any, share: Any
+    ) -> dict[str, tf.Tensor]:
+        """Makes a step on each replica; the reported loss and the metrics are those of all.
+
+        Args:
+            step: `(x, y, weight, share) -> Found`, with the rows of one replica.
+            x: Inputs and lane flags, of all replicas.
+            y: Targets.
+            weight: How much each row counts in the loss, weights of documents included.
+            share: How much each row counts, without the weights of documents.
+
+        Returns:
+            A dict of the metrics' values.
+        """
+
+        def run(x: Any, y: Any, weight: Any, share: Any) -> dict[str, tf.Tensor]:
+            reset_states(self, x["starts"])
+            found = step(x, y, weight, share)
+            loss_metric(self).update_state(found.loss.mean, sample_weight=found.loss.count)
+            return self.compute_metrics(x["inputs"], y, found.y_pred, weight)
+
+        logs = self.replicas.run(run, x, y, weight, share)
+        return logs if self.replicas.strategy is None else self.get_metrics_result()
+
+    def make_train_function(self, force: bool = False) -> Callable:
+        """Makes what Keras calls for `steps_per_execution` windows.
+
+        Args:
+            force: bool. Whether to make it anew.
+        """
+        if self.train_function is None or force:
+            super().make_train_function(force)
+            self.train_function = self._read_first(self.train_function)
+        return self.train_function
+
+    def make_test_function(self, force: bool = False) -> Callable:
+        """Makes what Keras calls for `steps_per_execution` windows of an evaluation.
+
+        Args:
+            force: bool. Whether to make it anew.
+        """
+        if self.test_function is None or force:
+            super().make_test_function(force)
+            self.test_function = self._read_first(self.test_function)
+        return self.test_function
+
+    def _read_first(self, function: Callable) -> Callable:
+        """Reads a batch before the step begins, where the step might find that there is none.
+
+        Where Keras does not know the number of batches, a step runs in part at the end of the data:
+        the optimizer counts a step that it has not made. Several windows of several replicas cannot
+        run in a loop of a graph at all.
+        """
+
+        def run(iterator: Any) -> dict[str, tf.Tensor]:
+            if self.replicas.strategy is None and self._knows_its_batches:
+                return function(iterator)
+            first = next(iterator)
+            return function(itertools.chain([first], iterator))
+
+        return run
+
+
+def loss_metric(model: keras.Model) -> keras.metrics.Mean:
+    """What reports the loss.
+
+    Args:
+        model: A compiled model.
+    """
+    return next(metric for metric in model.metrics if metric.name == "loss")
