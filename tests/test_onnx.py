@@ -182,3 +182,27 @@ def test_a_stock_sequential_model_is_exported_too(tmp_path):
     names = [output.name for output in session.get_outputs()]
     got = dict(zip(names, session.run(None, request), strict=True))["probability"]
     np.testing.assert_allclose(got, twin.predict_documents([[1, 2, 3]]), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_normalization_keeps_what_it_was_adapted_to(tmp_path):
+    rng = np.random.default_rng(0)
+    documents = [rng.normal(10, 3, (n, 2)).astype("float32") for n in (7, 13)]
+    normalization = keras.layers.Normalization()
+    normalization.adapt(np.concatenate(documents))
+    inputs = keras.Input(batch_shape=(2, 5, 2))
+    x = keras.layers.LSTM(4, stateful=True, return_sequences=True)(normalization(inputs))
+    model = keras_tbptt.TBPTTModel(inputs, keras.layers.Dense(1, name="value")(x))
+    session = onnxruntime.InferenceSession(keras_tbptt.export_onnx(model, tmp_path / "model.onnx"))
+    assert {given.name for given in session.get_inputs()} == {
+        "features", "lengths", "state", "start"
+    }  # fmt: skip
+    for document, expected in zip(documents, model.predict_documents(documents), strict=True):
+        request = {
+            "features": document[None],
+            "lengths": np.array([len(document)], "int32"),
+            "state": np.zeros((1, StreamState(model).width), "float32"),
+            "start": np.array([True]),
+        }
+        (found,) = session.run(["value"], request)
+        np.testing.assert_allclose(found[0], expected, atol=1e-5)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -72,4 +74,21 @@ def export_onnx(
         return {"new_state": replies.pop("state"), **replies}
 
     converted, _ = tf2onnx.convert.from_function(step, stream.input_signature, opset=_OPSET)
+    _keep_constants(converted.graph, step.get_concrete_function().graph.captures)
     return write_whole(pathlib.Path(path), converted.SerializeToString())
+
+
+def _keep_constants(graph: Any, captures: Sequence[tuple[Any, Any]]) -> None:
+    """Stores the constants of layers, such as a `Normalization`, of which tf2onnx makes inputs.
+
+    Args:
+        graph: The ONNX graph.
+        captures: What the converted function has captured: values, and their names in the graph.
+    """
+    import onnx
+
+    values = {inner.name: value for value, inner in captures if value.dtype != tf.resource}
+    for given in [given for given in graph.input if given.name in values]:
+        constant = onnx.numpy_helper.from_array(values[given.name].numpy(), given.name)
+        graph.initializer.append(constant)
+        graph.input.remove(given)
