@@ -301,3 +301,19 @@ def test_two_heads_in_mixed_precision_and_in_a_clone(tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert loaded.evaluate(data, verbose=0, return_dict=True) == pytest.approx(found, rel=1e-6)
     loaded.fit(data, verbose=0)
+
+
+def test_what_is_known_is_counted_without_batches_where_all_is_known(monkeypatch):
+    inputs, labels = documents()
+    data = windows(inputs, labels)
+    monkeypatch.setattr(type(data._flat), "batch", None)
+    np.testing.assert_array_equal(data.known["tags"], data.plan.length)
+    np.testing.assert_array_equal(data.known["label"], data.plan.length > 0)
+
+
+def test_what_is_known_is_counted_by_output():
+    inputs, labels = documents(missing=0.3)
+    data = windows(inputs, labels)
+    assert data.known["tags"].sum() == (~np.isnan(np.concatenate(labels["tags"]))).sum()
+    known = ~np.isnan(labels["label"])
+    assert data.known["label"][data.ends].sum() == known.sum()

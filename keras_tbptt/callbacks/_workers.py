@@ -46,8 +46,6 @@ class Workers:
         Raises:
             ValueError: If a training on another number of workers has used it.
         """
-        if given.path.name.startswith("worker-") and given.path.parent.name:
-            given = CheckpointDirectory(given.path.parent, given.keep)  # of an earlier `fit`
         of_workers = [path for path in given.newest_first() if path.name.startswith("worker-")]
         others = [path for path in given.newest_first() if path not in of_workers]
         if (of_workers and not self.several) or (others and self.several):
@@ -107,15 +105,15 @@ class Workers:
         asked, self._asked = self._asked, done // _EVERY
         return asked != self._asked
 
-    def on_signal(self, received: int | None) -> bool:
-        """Whether any worker has received a signal.
+    def any(self, on_this: bool) -> bool:
+        """Whether something is so on any worker.
 
         Args:
-            received: The signal that this worker has received; None for none.
+            on_this: bool. Whether it is so on this one.
         """
         if not self.several:
-            return received is not None
-        return bool(self._replicas.from_all([received or 0]).any())
+            return on_this
+        return bool(self._replicas.from_all([int(on_this)]).any())
 
     def on_clock(self, by_time: bool) -> bool:
         """Whether it is time to save, by the clock of the first worker.

@@ -112,7 +112,7 @@ class ExactBackup(keras.callbacks.Callback):
                 not isinstance(value, int) or value < 1
             ):
                 raise ValueError(f"`{name}` must be an integer >= 1. Received: {name}={value!r}")
-        self.directory = CheckpointDirectory(backup_dir, keep)
+        self._given = self.directory = CheckpointDirectory(backup_dir, keep)
         self._workers = Workers(None)
         self.windows = windows
         self.every_seconds = every_seconds
@@ -125,7 +125,7 @@ class ExactBackup(keras.callbacks.Callback):
         stateful_layers(self.model)
         self._check_steps()
         self._workers = Workers(getattr(self.model, "replicas", None))
-        self.directory = self._workers.directory(self.directory)
+        self.directory = self._workers.directory(self._given)
         self._memory = CallbackMemory(sibling_callbacks() or [self], owner=self)
         self._validating = False
         _build_variables(self.model, self.windows)
@@ -195,7 +195,7 @@ class ExactBackup(keras.callbacks.Callback):
 
     def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
         """Saves the state before validation, if a signal has arrived."""
-        if self._validating and self._workers.on_signal(self._signals.received):
+        if self._validating and self._workers.any(self._signals.received is not None):
             for variable, value in self._training_values:
                 variable.assign(value)
             self._save_and_stop()
@@ -313,7 +313,7 @@ class ExactBackup(keras.callbacks.Callback):
 
     def _save_or_stop(self) -> None:
         ask = self._workers.is_time(self._done)
-        if ask and self._workers.on_signal(self._signals.received):
+        if ask and self._workers.any(self._signals.received is not None):
             return self._save_and_stop()
         waited = time.monotonic() - self._saved_at
         by_time = self.every_seconds is not None and waited >= max(
@@ -338,7 +338,7 @@ class ExactBackup(keras.callbacks.Callback):
     def _save(self, ended: bool = False) -> None:
         began = time.monotonic()
         variables = self._variables()
-        if not all_finite(variables):
+        if self._workers.any(not all_finite(variables)):
             self._explain("weights that are not finite")
         rates = identity.learning_rates(self.model)
         about = {

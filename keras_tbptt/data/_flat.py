@@ -244,15 +244,17 @@ class FlatDocuments:
             plan: `Plan`.
             window: int. Steps in a window.
         """
-        batches = [self.batch(plan, step, window) for step in range(len(plan.document))]
-
-        def count(*known: np.ndarray) -> np.ndarray:
-            return np.stack(known).reshape(*plan.document.shape, -1).sum(axis=-1)
-
         if self.has_unknown:
-            return tf.nest.map_structure(count, *(batch[0]["known"] for batch in batches))
+            found = [
+                tf.nest.map_structure(
+                    lambda known: known.reshape(len(known), -1).sum(axis=1),
+                    self.batch(plan, step, window)[0]["known"],
+                )
+                for step in range(len(plan.document))
+            ]
+            return tf.nest.map_structure(lambda *counts: np.stack(counts), *found)
         by_target = self.of_targets(
-            lambda target: plan.length.astype("int64") if target.per_step else plan.length > 0
+            lambda target: (plan.length if target.per_step else plan.length > 0).astype("int64")
         )
         return by_target if self.weights_differ else tf.nest.flatten(by_target)[0]
 

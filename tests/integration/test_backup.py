@@ -815,3 +815,12 @@ def test_targets_per_step_without_an_axis_of_one_are_resumed(tmp_path):
         fit(tmp_path / "pieces", InterruptAt(7))
     for one, other in zip(fit(tmp_path / "pieces"), fit(tmp_path / "whole"), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_directory_may_have_the_name_of_a_worker(tmp_path):
+    model = token_model()
+    model.compile("adam", "binary_crossentropy")
+    folder = tmp_path / "worker-1"
+    model.fit(windows(), callbacks=[ExactBackup(folder, windows())], verbose=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["worker-1"]
+    assert all(path.name.startswith("epoch-") for path in folder.iterdir())
