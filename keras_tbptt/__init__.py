@@ -12,7 +12,7 @@ if _backend.backend() != "tensorflow":
 from keras_tbptt import client, diagnostics, layers, losses, metrics, optimizers, state, text, types
 from keras_tbptt._version import __version__
 from keras_tbptt.callbacks import ExactBackup, ResetStates
-from keras_tbptt.data import DocumentWindows
+from keras_tbptt.data import DocumentStream, DocumentWindows, RecordError
 from keras_tbptt.dynamic_evaluation import evaluate_dynamically
 from keras_tbptt.forecasting import forecast
 from keras_tbptt.generation import generate
@@ -20,8 +20,10 @@ from keras_tbptt.model import TBPTTModel
 from keras_tbptt.serving import export_onnx, export_saved_model, write_models_config
 
 __all__ = [
+    "DocumentStream",
     "DocumentWindows",
     "ExactBackup",
+    "RecordError",
     "ResetStates",
     "TBPTTModel",
     "__version__",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -13,6 +14,8 @@ from keras_tbptt import _keras
 from keras_tbptt._inputs import ModelInputs, static_layers
 from keras_tbptt._masks import off_time_layers
 from keras_tbptt._shares import is_per_step
+from keras_tbptt.data._source import WindowSource
+from keras_tbptt.data.stream import DocumentStream
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.losses import FINAL_LOSSES
 
@@ -20,13 +23,30 @@ from keras_tbptt.losses import FINAL_LOSSES
 _ORDER = ("lengths", "ends", "positions", "totals")
 
 
-def source_of(x: Any) -> DocumentWindows | None:
+def source_of(x: Any) -> WindowSource | None:
     """The windows that `x` is, or is the dataset of; None for batches of other origin.
 
     Args:
         x: What `fit`, `evaluate` or `predict` is given.
     """
-    return x if isinstance(x, DocumentWindows) else getattr(x, "source", None)
+    return x if isinstance(x, WindowSource) else getattr(x, "source", None)
+
+
+@contextlib.contextmanager
+def errors_of(*given: Any) -> Iterator[None]:
+    """Raises the error of a stream that cannot be read, and not what TensorFlow makes of it.
+
+    Args:
+        *given: What a model runs on.
+    """
+    try:
+        yield
+    except tf.errors.OpError:
+        for source in map(source_of, given):
+            failure = getattr(source, "failure", None)
+            if failure is not None:
+                raise failure from None
+        raise
 
 
 def as_dataset(
@@ -39,7 +59,8 @@ def as_dataset(
     """Checks that windows fit a model, before anything runs.
 
     Args:
-        x: `DocumentWindows`, their `dataset(flags=True)`, or a `tf.data.Dataset` of such batches.
+        x: `DocumentWindows` or a `DocumentStream`, their `dataset(flags=True)`, or a
+            `tf.data.Dataset` of such batches.
         model: A `TBPTTModel`.
         learns: bool. Whether the model is trained on them.
         needs_labels: bool. Whether they must have labels.
@@ -67,7 +88,12 @@ def as_dataset(
                 "Training and evaluation need labels: DocumentWindows(documents, labels, ...). "
                 f"Received: {source!r} without labels"
             )
-        if steps is not None and source.per_step is not True and not source.ends[:steps].any():
+        if (
+            steps is not None
+            and isinstance(source, DocumentWindows)
+            and source.per_step is not True
+            and not source.ends[:steps].any()
+        ):
             raise ValueError(
                 "No document ends in the windows to evaluate, so there would be no figures: "
                 f"evaluate more of them. Received: steps={steps}, {source!r}"
@@ -78,13 +104,18 @@ def as_dataset(
                 'ended: give it DocumentWindows(..., packing="aligned"). '
                 f"Received: packing={source.packing!r}"
             )
-    dataset = source.dataset(flags=True) if x is source and source is not None else x
+    dataset = x
+    if isinstance(source, DocumentStream):
+        replicas = model.replicas
+        dataset = source.dataset_of_worker(replicas.worker, replicas.workers, one_pass=not learns)
+    elif source is not None and x is source:
+        dataset = source.dataset(flags=True)
     spec = getattr(dataset, "element_spec", None)
     flags = spec[0] if isinstance(spec, tuple) else spec
     if not isinstance(dataset, tf.data.Dataset) or not has_flags(flags):
         raise ValueError(
-            "A TBPTTModel runs windows of documents: pass keras_tbptt.DocumentWindows, or "
-            f"their dataset(flags=True). Received: {type(x).__name__} of {spec}"
+            "A TBPTTModel runs windows of documents: pass keras_tbptt.DocumentWindows or "
+            f"DocumentStream, or their dataset(flags=True). Received: {type(x).__name__} of {spec}"
         )
     if needs_labels:
         _check_classes(source, model)
@@ -281,8 +312,10 @@ def _check_targets(y: Any, sample_weight: Any, model: keras.Model) -> None:
             )
 
 
-def check_windows(windows: DocumentWindows, model: keras.Model) -> None:
+def check_windows(windows: WindowSource, model: keras.Model) -> None:
     """Refuses windows of another shape, and ids that the embeddings cannot look up.
+
+    The ids of a stream are refused when they are read.
 
     Args:
         windows: The windows.
@@ -294,29 +327,23 @@ def check_windows(windows: DocumentWindows, model: keras.Model) -> None:
     form = ModelInputs(model)
     replicas = getattr(model, "replicas", None)
     _check_shapes(windows, form, 1 if replicas is None else replicas.count)
-    of_input = " of input {!r}" if form.named else ""
     for name, tensor in form.tensors.items():
-        smallest, largest = form.by_name(windows.min_id)[name], form.by_name(windows.max_id)[name]
-        if largest is None and not keras.backend.is_float_dtype(tensor.dtype):
+        dtype = form.by_name(windows.input_dtype)[name]
+        if dtype == "float32" and not keras.backend.is_float_dtype(tensor.dtype):
             raise ValueError(
                 "The model takes integers, and Keras would cut floats off to them: give ids"
-                f"{of_input.format(name)}, or build the input with a float dtype. Received: floats"
+                f"{_of_input(form, name)}, or build the input with a float dtype. Received: floats"
             )
         for layer in embeddings_of_ids(model, [tensor]):
-            if largest is None or largest >= layer.input_dim or smallest < 0:
-                wrong = (
-                    "floats" if largest is None else f"id {smallest if smallest < 0 else largest}"
-                )
+            if isinstance(windows, DocumentWindows):
+                _check_ids(windows, form, name, layer)
+            elif isinstance(windows, DocumentStream) and dtype == "int32":
+                padding = layer.mask_zero and name not in form.static
+                windows.limit_ids(name if form.named else "", int(padding), layer.input_dim - 1)
+            elif dtype == "float32":
                 raise ValueError(
-                    f"The ids{of_input.format(name)} must be integers below the vocabulary of "
-                    f"layer {layer.name!r}, input_dim={layer.input_dim}. Received: {wrong}"
-                )
-            if layer.mask_zero and smallest == 0 and name not in form.static:
-                raise ValueError(
-                    f"Layer {layer.name!r} has mask_zero=True and takes id 0 for padding, but the "
-                    f"documents{of_input.format(name)} contain it: let ids begin at 1, or leave "
-                    "mask_zero out (a TBPTTModel masks padding by itself). "
-                    f"Received: id 0 in {windows!r}"
+                    f"The ids{_of_input(form, name)} must be integers below the vocabulary of "
+                    f"layer {layer.name!r}, input_dim={layer.input_dim}. Received: floats"
                 )
     off = off_time_layers(model, windows.window, static_layers(model, [*form.static.values()]))
     if windows.has_padding and off:
@@ -327,7 +354,31 @@ def check_windows(windows: DocumentWindows, model: keras.Model) -> None:
         )
 
 
-def _check_replicas(windows: DocumentWindows, model: keras.Model) -> None:
+def _of_input(form: ModelInputs, name: str) -> str:
+    return f" of input {name!r}" if form.named else ""
+
+
+def _check_ids(
+    windows: DocumentWindows, form: ModelInputs, name: str, layer: keras.layers.Embedding
+) -> None:
+    """Refuses ids that an embedding has no row for, or takes for padding."""
+    smallest, largest = form.by_name(windows.min_id)[name], form.by_name(windows.max_id)[name]
+    if largest is None or largest >= layer.input_dim or smallest < 0:
+        wrong = "floats" if largest is None else f"id {smallest if smallest < 0 else largest}"
+        raise ValueError(
+            f"The ids{_of_input(form, name)} must be integers below the vocabulary of "
+            f"layer {layer.name!r}, input_dim={layer.input_dim}. Received: {wrong}"
+        )
+    if layer.mask_zero and smallest == 0 and name not in form.static:
+        raise ValueError(
+            f"Layer {layer.name!r} has mask_zero=True and takes id 0 for padding, but the "
+            f"documents{_of_input(form, name)} contain it: let ids begin at 1, or leave "
+            "mask_zero out (a TBPTTModel masks padding by itself). "
+            f"Received: id 0 in {windows!r}"
+        )
+
+
+def _check_replicas(windows: WindowSource, model: keras.Model) -> None:
     """Refuses what would differ between workers, or what their sum would count wrongly."""
     if model.replicas.count > 1 and windows.weights_differ:
         raise ValueError(
@@ -342,12 +393,14 @@ def _check_replicas(windows: DocumentWindows, model: keras.Model) -> None:
             "Each worker would draw another seed, and run other documents: give "
             f"DocumentWindows(..., seed=0). Received: {windows!r} with seed=None"
         )
-    drawn = (windows.seed, windows.epoch) if windows.draws else ()
+    # Each worker has a place of its own in a stream.
+    epoch = None if isinstance(windows, DocumentStream) else windows.epoch
+    drawn = (windows.seed, epoch) if windows.draws else ()
     agreed = (windows.fingerprint, drawn, windows.window, windows.lanes, windows.packing)
     model.replicas.agree("windows", agreed)
 
 
-def _check_shapes(windows: DocumentWindows, form: ModelInputs, replicas: int) -> None:
+def _check_shapes(windows: WindowSource, form: ModelInputs, replicas: int) -> None:
     """Refuses windows that do not have the inputs of the model, each in its shape."""
     received = windows.batch_shape
     if form.named != isinstance(received, dict):
@@ -389,9 +442,13 @@ def _check_shapes(windows: DocumentWindows, form: ModelInputs, replicas: int) ->
         )
 
 
-def _check_classes(windows: DocumentWindows | None, model: keras.Model) -> None:
+def _check_classes(windows: WindowSource | None, model: keras.Model) -> None:
     """Refuses an output that has no class for an id: a GPU would give NaN for it."""
-    if windows is None or windows.max_next_id is None:
+    if isinstance(windows, DocumentStream) and windows.target_input is not None:
+        for output in keras.tree.flatten(model.outputs):
+            if output.shape[-1] > 1 and not windows.predicts_floats:
+                windows.limit_ids(windows.target_input, 0, output.shape[-1] - 1)
+    if not isinstance(windows, DocumentWindows) or windows.max_next_id is None:
         return
     for output in keras.tree.flatten(model.outputs):
         if 1 < output.shape[-1] <= windows.max_next_id:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -29,7 +29,8 @@ class StepsOnReplicas(SamplesClasses):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._knows_its_batches = True
+        self._end_is_known = {True: True, False: True}  # of training, of evaluation
+        self._ends_apart = False
 
     def prepare(self, dataset: tf.data.Dataset, learns: bool = False) -> tuple[Any, Any, Any]:
         """Makes the variables of a training or an evaluation before the first step.
@@ -44,8 +45,13 @@ class StepsOnReplicas(SamplesClasses):
         Raises:
             ValueError: If the model cannot run on several replicas as it is compiled.
         """
-        if learns:
-            self._knows_its_batches = int(dataset.cardinality()) >= 0
+        cardinality = int(dataset.cardinality())
+        self._end_is_known[learns] = cardinality >= 0
+        if not learns:
+            # Then no worker may stop before the others.
+            self._ends_apart = self.replicas.workers > 1 and (
+                cardinality == tf.data.INFINITE_CARDINALITY
+            )
         flags, y, sample_weight = _batches.unpack(dataset.element_spec)
         flags = _batches.with_all_flags(flags, self.all_lanes, self.window)
         y, sample_weight = _batches.as_outputs(y, sample_weight, self)
@@ -90,7 +96,7 @@ class StepsOnReplicas(SamplesClasses):
         """
         if self.train_function is None or force:
             super().make_train_function(force)
-            self.train_function = self._read_first(self.train_function)
+            self.train_function = self._read_first(self.train_function, learns=True)
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> Callable:
@@ -101,22 +107,33 @@ class StepsOnReplicas(SamplesClasses):
         """
         if self.test_function is None or force:
             super().make_test_function(force)
-            self.test_function = self._read_first(self.test_function)
+            self.test_function = self._read_first(self.test_function, learns=False)
         return self.test_function
 
-    def _read_first(self, function: Callable) -> Callable:
+    def _until_all_end(self, iterator: Any) -> Iterator:
+        """The batches of an evaluation, until no worker has a document left."""
+        for batch in iterator:
+            if self._ends_apart:
+                busy = bool(tf.reduce_any(batch[0]["lengths"] > 0))
+                if not self.replicas.from_all([int(busy)]).any():
+                    return
+            yield batch
+
+    def _read_first(self, function: Callable, learns: bool) -> Callable:
         """Reads a batch before the step begins, where the step might find that there is none.
 
-        Where Keras does not know the number of batches, a step runs in part at the end of the data:
-        the optimizer counts a step that it has not made. Several windows of several replicas cannot
+        Where Keras does not know the number of batches, or a batch cannot be read, a step runs in
+        part at the end of the data: the optimizer counts a step that it has not made, and the
+        losses of outputs count rows that are not there. Several windows of several replicas cannot
         run in a loop of a graph at all.
         """
 
         def run(iterator: Any) -> dict[str, tf.Tensor]:
-            if self.replicas.strategy is None and self._knows_its_batches:
+            if self.replicas.strategy is None and self._end_is_known[learns]:
                 return function(iterator)
-            first = next(iterator)
-            return function(itertools.chain([first], iterator))
+            rest = iterator if learns else self._until_all_end(iterator)
+            first = next(rest)
+            return function(itertools.chain([first], rest))
 
         return run
 

@@ -18,6 +18,8 @@ from keras_tbptt._saving import SavesStates
 from keras_tbptt._steps import check_lanes, run_window
 from keras_tbptt._tensors import has_time_axis, without_padding
 from keras_tbptt.data._packing import Plan
+from keras_tbptt.data._source import WindowSource
+from keras_tbptt.data.stream import DocumentStream
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.state import (
     preserve_states,
@@ -52,7 +54,7 @@ class PredictsDocuments(SavesStates):
         self.replicas = Replicas(_keras.take_strategy(self), self.lanes)
         self.replicas.with_seeds_of_their_own(seed_variables(self))
         self.window_order = WindowOrder(self.all_lanes)
-        self.fitted_windows: DocumentWindows | None = None
+        self.fitted_windows: WindowSource | None = None
 
     @property
     def all_lanes(self) -> int:
@@ -120,6 +122,11 @@ class PredictsDocuments(SavesStates):
         tags = tagger.predict_documents([[3, 1, 4], [1, 5]])  # arrays [3, tags] and [2, tags]
         ```
         """
+        if isinstance(documents, DocumentStream):
+            raise ValueError(
+                "The predictions of a stream may not fit into memory: give a part of its documents "
+                f"as DocumentWindows, or call predict on batches. Received: {documents!r}"
+            )
         if isinstance(documents, DocumentWindows):
             if any(given is not None for given in (offsets, lengths, static)):
                 raise ValueError(
@@ -251,14 +258,14 @@ def _real_steps(rows: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
 
 @contextlib.contextmanager
 def without_training(model: PredictsDocuments, x: Any) -> Iterator[None]:
-    """Leaves training where it is: states, the place of each lane, the epochs of windows.
+    """Leaves training where it is: states, the place of each lane, the place of windows.
 
     Args:
         model: The model that runs within the context.
         x: What it runs on.
     """
     sources = (_batches.source_of(x), model.fitted_windows)
-    epochs = [(windows, windows.epoch) for windows in sources if windows is not None]
+    places = [(windows, windows.place) for windows in sources if windows is not None]
     order = model.window_order.get()
     model.window_order.clear()
     try:
@@ -266,8 +273,8 @@ def without_training(model: PredictsDocuments, x: Any) -> Iterator[None]:
             yield
     finally:
         model.window_order.set(order)
-        for windows, epoch in epochs:
-            windows.epoch = epoch
+        for windows, place in places:
+            windows.place = place
 
 
 @contextlib.contextmanager

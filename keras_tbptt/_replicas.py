@@ -22,8 +22,8 @@ class Replicas:
     """Where a model runs: on one device, or on several replicas that make one step together.
 
     A batch has the lanes of all replicas: replica r has the rows `[r * lanes, (r + 1) * lanes)`.
-    With several workers each of them reads the whole batch, so that all of them can tell, without
-    asking each other, in which windows there is something to learn.
+    With several workers each of them reads the rows of its own replicas; those of the others may be
+    there too, or idle.
 
     Args:
         strategy: What the model was built under; None for one device without a strategy.
@@ -81,6 +81,27 @@ class Replicas:
                 return keras.tree.map_structure(lambda rows: self.strategy.gather(rows, 0), outputs)
         local = self.strategy.experimental_local_results
         return keras.tree.map_structure(lambda rows: tf.concat(local(rows), 0), outputs)
+
+    def any(self, condition: tf.Tensor) -> tf.Tensor:
+        """Whether something is so on any worker; inside a graph. All workers must call it.
+
+        Workers may read documents of their own, so none of them knows the lanes of the others.
+
+        Args:
+            condition: bool. Whether it is so on this one.
+        """
+        if self.workers == 1:
+            return condition
+        found = self.strategy.run(lambda: tf.cast(condition, tf.int32))
+        return self.strategy.reduce(tf.distribute.ReduceOp.SUM, found, axis=None) > 0
+
+    def all(self, condition: tf.Tensor) -> tf.Tensor:
+        """Whether something is so on all workers; as `any`.
+
+        Args:
+            condition: bool. Whether it is so on this one.
+        """
+        return condition if self.workers == 1 else ~self.any(~condition)
 
     def specs(self, whole: Any) -> Any:
         """The `tf.TensorSpec`s of one replica.

@@ -154,12 +154,12 @@ class OneWindow:
         """Whether there is anything to learn in a window.
 
         Args:
-            x: Inputs and lane flags, of all replicas.
+            x: Inputs and lane flags, of all replicas of this worker.
             share: How much each row counts, without the weights of documents.
         """
         if not self._model.may_only_run and "known" not in x:
             return True
-        return any_counts(share)
+        return self._model.replicas.any(any_counts(share))
 
     def __call__(
         self, x: Mapping[str, tf.Tensor], y: Any, weight: Any, share: Any, learns: bool | tf.Tensor
@@ -229,9 +229,10 @@ class SeveralWindows:
             x: Inputs and lane flags, of all replicas.
             share: How much each row counts, without the weights of documents.
         """
+        replicas = self._model.replicas
         if self._sliding:
-            return any_counts(share)
-        learns = tf.reduce_all(x["ends"] | (x["lengths"] == 0))  # in every lane
+            return replicas.any(any_counts(share))
+        learns = replicas.all(tf.reduce_all(x["ends"] | (x["lengths"] == 0)))  # in every lane
         if self._cuts is not None:
             draw = keras.random.uniform([], seed=self._cuts)
             learns |= tf.cast(draw, "float32") < self._model.cut_probability

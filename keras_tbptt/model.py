@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -23,6 +24,8 @@ from keras_tbptt._steps import (
     pooling_states,
     unpacked,
 )
+from keras_tbptt.data._source import WindowSource
+from keras_tbptt.data.stream import DocumentStream
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.losses import FINAL_LOSSES, WindowLoss, check_window_loss
 
@@ -197,31 +200,36 @@ class TBPTTModel(StepsOnReplicas):
         initial_epoch: int = 0,
         **kwargs: Any,
     ) -> keras.callbacks.History:
-        """Trains on `DocumentWindows`, with Keras's own `fit`.
+        """Trains on `DocumentWindows` or a `DocumentStream`, with Keras's own `fit`.
 
         Args:
-            x: `DocumentWindows` with labels; their `dataset(flags=True)`; or a `tf.data.Dataset` of
-                batches like those, for lanes of your own. Such batches may leave out the flags that
-                the window loss does not need.
+            x: `DocumentWindows` or a `DocumentStream` with labels; their `dataset(flags=True)`; or
+                a `tf.data.Dataset` of batches like those, for lanes of your own. Such batches may
+                leave out the flags that the window loss does not need.
             *args: As in `keras.Model.fit`.
-            validation_data: `DocumentWindows` with labels, or None.
+            validation_data: `DocumentWindows` or a `DocumentStream` with labels, or None.
             class_weight: Optional dict of class index to weight, multiplied into the weights of
                 the documents; the labels must be class indices or one-hot vectors.
             callbacks: As in `keras.Model.fit`.
             initial_epoch: int. Epoch at which to start; the windows take the order of that epoch.
-                With 0 they go on from their own `epoch`, so that a second `fit` has new orders.
+                With 0 they go on from their own `epoch`, so that a second `fit` has new orders; a
+                stream goes on with the next documents.
             **kwargs: Further arguments of `keras.Model.fit`.
 
         Returns:
             The `keras.callbacks.History` of the run.
 
         Raises:
-            ValueError: If the windows do not fit the model, or have no labels.
+            ValueError: If the windows do not fit the model, or have no labels, or the length of an
+                epoch of a stream is not known.
+            RecordError: If a record of a stream cannot be read.
             tf.errors.InvalidArgumentError: If the windows of a lane do not follow each other.
         """
         source = _batches.source_of(x)
         dataset = _batches.as_dataset(x, self, learns=True)
-        if source is not None:
+        if isinstance(source, DocumentStream):
+            kwargs["steps_per_epoch"] = _steps_of(source, kwargs.get("steps_per_epoch"))
+        elif isinstance(source, DocumentWindows):
             _warn_of_idle_lanes(source)
         flags, y, sample_weight = self.prepare(dataset, learns=True)
         self._learn.prepare(flags, y, sample_weight)
@@ -232,18 +240,19 @@ class TBPTTModel(StepsOnReplicas):
             steps = kwargs.get("validation_steps")
             validation_data = _batches.as_dataset(validation_data, self, steps=steps)
         if source is not None:
-            callbacks = _with_callback(callbacks, _FirstEpoch(source, initial_epoch))
+            callbacks = _with_callback(callbacks, _FirstPlace(source, initial_epoch))
         self.window_order.clear()
         self.fitted_windows = source
         try:
-            return super().fit(
-                dataset,
-                *args,
-                validation_data=validation_data,
-                callbacks=callbacks,
-                initial_epoch=initial_epoch,
-                **kwargs,
-            )
+            with _batches.errors_of(source, validation_data):
+                return super().fit(
+                    dataset,
+                    *args,
+                    validation_data=validation_data,
+                    callbacks=callbacks,
+                    initial_epoch=initial_epoch,
+                    **kwargs,
+                )
         finally:
             self.fitted_windows = None
 
@@ -269,7 +278,7 @@ class TBPTTModel(StepsOnReplicas):
         """
         dataset = _batches.as_dataset(x, self, steps=kwargs.get("steps"))
         self.prepare(dataset)
-        with without_training(self, x):
+        with without_training(self, x), _batches.errors_of(x), _without_warning_of_end():
             results = super().evaluate(dataset, *args, **kwargs)
         if not loss_metric(self).count.numpy():
             warnings.warn(
@@ -396,16 +405,36 @@ def _warn_of_idle_lanes(windows: DocumentWindows) -> None:
         )
 
 
-class _FirstEpoch(keras.callbacks.Callback):
-    """Sets the epoch whose order the windows take first, after Keras has looked at a batch."""
+def _steps_of(stream: DocumentStream, steps_per_epoch: int | None) -> int:
+    """Batches in an epoch of `fit`."""
+    if steps_per_epoch is None and stream.counts is None:
+        raise ValueError(
+            "A stream has no end: give fit steps_per_epoch=..., or call stream.count() before, "
+            f"which reads all documents once. Received: steps_per_epoch=None, {stream!r}"
+        )
+    return len(stream) if steps_per_epoch is None else steps_per_epoch
 
-    def __init__(self, windows: DocumentWindows, initial_epoch: int):
+
+@contextlib.contextmanager
+def _without_warning_of_end() -> Iterator[None]:
+    """Keras warns at the end of data of unknown length, which is what an evaluation waits for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Your input ran out of data", UserWarning)
+        yield
+
+
+class _FirstPlace(keras.callbacks.Callback):
+    """Sets the place that the windows begin at, after Keras has looked at a batch."""
+
+    def __init__(self, windows: WindowSource, initial_epoch: int):
         super().__init__()
         self._windows = windows
-        self._epoch = initial_epoch or windows.epoch
+        if initial_epoch:
+            windows.epoch = initial_epoch
+        self._place = windows.begin()
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._windows.epoch = self._epoch
+        self._windows.place = self._place
 
 
 def _with_callback(callbacks: Any, first: keras.callbacks.Callback) -> Any:

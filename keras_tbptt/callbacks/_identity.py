@@ -14,14 +14,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_tbptt.data.windows import DocumentWindows
+from keras_tbptt.data._source import WindowSource
 
-_OF_WINDOWS = ("window", "lanes", "packing", "shuffle", "seed", "mean_window", "stretch")
 _COMPILED = ("loss", "loss_weights", "metrics", "weighted_metrics")
 _WRAPPED = ("inner_optimizer", "optimizer_map")
 
 
-def training_identity(model: keras.Model, windows: DocumentWindows) -> dict[str, Any]:
+def training_identity(model: keras.Model, windows: WindowSource) -> dict[str, Any]:
     """Describes what must be the same when a run is resumed.
 
     Initial values and seeds are left out, because a checkpoint replaces what they lead to. A
@@ -36,9 +35,7 @@ def training_identity(model: keras.Model, windows: DocumentWindows) -> dict[str,
     """
     compiled = _plain(model.get_compile_config) or {}
     return {
-        "data": windows.fingerprint,
-        "documents": windows.num_documents,
-        **{name: getattr(windows, name) for name in _OF_WINDOWS},
+        **windows.identity,
         "steps_per_execution": model.steps_per_execution,
         "model": _plain(model.get_config),
         **{name: compiled.get(name) for name in _COMPILED},

@@ -22,6 +22,9 @@ from keras_tbptt.callbacks._memory import CallbackMemory
 from keras_tbptt.callbacks._nonfinite import all_finite, find_cause
 from keras_tbptt.callbacks._signals import DeferredSignals
 from keras_tbptt.callbacks._workers import Workers
+from keras_tbptt.data._lanes import Position
+from keras_tbptt.data._source import WindowSource
+from keras_tbptt.data.stream import DocumentStream
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.model import TBPTTModel
 from keras_tbptt.state import seed_variables, state_variables, stateful_layers
@@ -72,7 +75,7 @@ class ExactBackup(keras.callbacks.Callback):
 
     Args:
         backup_dir: str or path. A directory for the checkpoints of this training alone.
-        windows: `DocumentWindows`. What `fit` trains on.
+        windows: `DocumentWindows` or `DocumentStream`. What `fit` trains on.
         every_seconds: float or None. Seconds between two saves; longer if a save would take more
             than 3% of the time. None never saves by time. Defaults to 60.
         every_windows: int >= 1 or None. Windows between two saves. None never saves by windows.
@@ -96,16 +99,17 @@ class ExactBackup(keras.callbacks.Callback):
     def __init__(
         self,
         backup_dir: str | os.PathLike,
-        windows: DocumentWindows,
+        windows: WindowSource,
         *,
         every_seconds: float | None = 60.0,
         every_windows: int | None = None,
         keep: int = 3,
     ):
         super().__init__()
-        if not isinstance(windows, DocumentWindows):
+        if not isinstance(windows, WindowSource):
             raise ValueError(
-                f"`windows` must be keras_tbptt.DocumentWindows. Received: windows={windows!r}"
+                "`windows` must be keras_tbptt.DocumentWindows or DocumentStream. "
+                f"Received: windows={windows!r}"
             )
         for name, value in (("every_windows", every_windows), ("keep", keep)):
             if not (value is None and name == "every_windows") and (
@@ -143,7 +147,10 @@ class ExactBackup(keras.callbacks.Callback):
                 about, self._belongs_to, self._optimizer, self.params["epochs"], missing
             )
             self.windows.seed = self._belongs_to["seed"] = about["belongs_to"]["seed"]
-            self.windows.epoch = about["windows_epoch"]
+            if isinstance(self.windows, DocumentStream):
+                self.windows.position = Position.from_json(about["position"])
+            else:
+                self.windows.epoch = about["windows_epoch"]
             self.resumed_from = about["path"].name
             self._restore(about)
             self._memory.restore(about["callbacks"])
@@ -176,7 +183,7 @@ class ExactBackup(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Saves if it is time."""
-        before, self._window = self._window, min(batch + 1, len(self.windows))
+        before, self._window = self._window, min(batch + 1, self._steps)
         if self._about is not None:
             if self._window == self._about["window"]:
                 # Only now, because the other callbacks have seen the skipped batches until here.
@@ -221,6 +228,10 @@ class ExactBackup(keras.callbacks.Callback):
 
     def _check_steps(self) -> None:
         steps = self.params.get("steps")
+        if not isinstance(self.windows, DocumentWindows):
+            self._steps = steps
+            return
+        self._steps = len(self.windows)
         if steps not in (None, len(self.windows)):
             raise ValueError(
                 "ExactBackup cannot know the place in an epoch of another length: leave out "
@@ -303,7 +314,8 @@ class ExactBackup(keras.callbacks.Callback):
                 model.train_function = train
                 return train(iterator)
             for _ in range(min(model.steps_per_execution, left)):
-                next(iterator)
+                if not isinstance(self.windows, DocumentStream):  # which opens at its position
+                    next(iterator)
                 left -= 1
             if not left:
                 model.train_function = train
@@ -338,6 +350,7 @@ class ExactBackup(keras.callbacks.Callback):
     def _save(self, ended: bool = False) -> None:
         began = time.monotonic()
         variables = self._variables()
+        position = self._position()
         if self._workers.any(not all_finite(variables)):
             self._explain("weights that are not finite")
         rates = identity.learning_rates(self.model)
@@ -350,6 +363,7 @@ class ExactBackup(keras.callbacks.Callback):
             "stopped": bool(self.model.stop_training),
             "replaced": ended and not self._has_weights(self._weights),
             "windows_epoch": self._epoch + self._ahead,
+            **position,
             "belongs_to": self._belongs_to,
             "optimizer": self._optimizer,
             "learning_rates": [None if rate is None else float(rate.numpy()) for rate in rates],
@@ -367,6 +381,23 @@ class ExactBackup(keras.callbacks.Callback):
             self._took = time.monotonic() - began
             self._saved_at, self._saved_windows = time.monotonic(), self._done
 
+    def _position(self) -> dict[str, Any]:
+        """Where the stream is: after the windows that were trained on, and no others."""
+        if not isinstance(self.windows, DocumentStream):
+            return {}
+        position = self.windows.position
+        if len(position.step):
+            replicas = self.model.replicas
+            trained = self.model.window_order.get()[0]
+            own = np.split(trained, replicas.workers)[replicas.worker]
+            if not np.array_equal(own, position.step):
+                raise ValueError(
+                    "ExactBackup cannot know the place of a stream that is read ahead of training: "
+                    "give fit the stream itself, or a dataset without prefetch. Received: lanes "
+                    f"trained up to steps {own.tolist()}, read up to {position.step.tolist()}"
+                )
+        return {"position": position.to_json()}
+
     def _has_weights(self, weights: list[np.ndarray]) -> bool:
         return all(map(np.array_equal, self.model.get_weights(), weights))
 
@@ -383,7 +414,7 @@ class ExactBackup(keras.callbacks.Callback):
         begin = about["windows_epoch"], about["window"]
         end = self._epoch + self._ahead, self._window
         cause = "a window since then"
-        if self._workers.one_device:
+        if self._workers.one_device and isinstance(self.windows, DocumentWindows):
             cause = find_cause(self.model, self.windows, begin, end)
             self._restore(about)
         raise FloatingPointError(
@@ -394,16 +425,16 @@ class ExactBackup(keras.callbacks.Callback):
         )
 
 
-def _build_variables(model: keras.Model, windows: DocumentWindows) -> None:
+def _build_variables(model: keras.Model, windows: WindowSource) -> None:
     """Makes the variables that Keras would make in the first step."""
     replicas = getattr(model, "replicas", None)
     if replicas is not None and replicas.strategy is not None:
         return  # `fit` has made them on all replicas
     if not model.optimizer.built:  # LossScaleOptimizer would make its variables again
         model.optimizer.build(model.trainable_variables)
-    epoch = windows.epoch
+    place = windows.place
     batch = next(iter(windows.dataset(flags=isinstance(model, TBPTTModel))))
-    windows.epoch = epoch
+    windows.place = place
     _, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
     y, weight = _batches.as_outputs(y, weight, model)
     y_pred = keras.tree.map_structure(lambda t: tf.zeros(t.shape, t.dtype), model.output)

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import keras
 import numpy as np
 
 from keras_tbptt.data._flat import FlatDocuments
 from keras_tbptt.data._inputs import StaticInput, StepInput
+from keras_tbptt.data._source import WindowSource
 
 
-class DescribesDocuments:
-    """Documents that tell their numbers, shapes and ids.
+class DescribesDocuments(WindowSource):
+    """Documents in memory that tell their numbers, shapes and ids."""
 
-    Attributes:
-        window: int. Steps in a window.
-        lanes: int. Rows in a batch.
-    """
-
-    window: int
-    lanes: int
     _flat: FlatDocuments
 
     @property
@@ -32,6 +25,11 @@ class DescribesDocuments:
     def lengths(self) -> np.ndarray:
         """int64 `[documents]`: the steps of each document."""
         return self._flat.lengths
+
+    @property
+    def per_step(self) -> Any:
+        """Whether there is a target per step; in the structure of the labels where they differ."""
+        return self._flat.per_step
 
     @property
     def has_labels(self) -> bool:
@@ -72,25 +70,10 @@ class DescribesDocuments:
         """
         return self._flat.of_inputs(self._batch_shape)
 
-    def keras_inputs(self) -> Any:
-        """New symbolic inputs of a model for these windows.
-
-        Returns:
-            A `keras.Input` with the shape of a batch, int32 or float32; with named inputs a dict of
-            these, by name.
-
-        Example:
-
-        ```python
-        inputs = windows.keras_inputs()  # {"tokens": [lanes, window], "user": [lanes]}
-        x = keras.layers.Embedding(20_000, 100)(inputs["tokens"])
-        ```
-        """
-        return self._flat.of_inputs(
-            lambda given: keras.Input(
-                batch_shape=self._batch_shape(given), dtype=given.dtype, name=given.name or None
-            )
-        )
+    @property
+    def input_dtype(self) -> Any:
+        """`"int32"` or `"float32"`; with named inputs a dict."""
+        return self._flat.of_inputs(lambda given: given.dtype)
 
     @property
     def static_names(self) -> list[str]:

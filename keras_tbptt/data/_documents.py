@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ import tensorflow as tf
 
 # Elements checked at a time, because a memmap may be larger than memory.
 _CHUNK = 1 << 22
+# Bytes of a dataset that are read into memory without a warning.
+_LARGE = 1_000_000_000
 _INT32 = np.iinfo("int32")
 
 
@@ -183,7 +186,18 @@ def read_dataset(dataset: tf.data.Dataset, labels: Any) -> tuple[Any, Any]:
             f"`labels` only in one place. Received: element_spec={dataset.element_spec}, "
             f"labels={'None' if labels is None else type(labels).__name__}"
         )
-    rows = list(dataset.as_numpy_iterator())
+    rows, read, warned = [], 0, False
+    for row in dataset.as_numpy_iterator():
+        rows.append(row)
+        read += sum(np.asarray(part).nbytes for part in tf.nest.flatten(row))
+        if read > _LARGE and not warned:
+            warned = True
+            warnings.warn(
+                "All documents of a tf.data.Dataset are read into memory. For more than memory "
+                "holds, keras_tbptt.DocumentStream reads shards while the model trains. "
+                f"Received: more than {_LARGE / 1e9:g} GB",
+                stacklevel=5,
+            )
     spec = dataset.element_spec[0] if paired else dataset.element_spec
     documents = _in_columns([row[0] for row in rows] if paired else rows, spec)
     if not paired:

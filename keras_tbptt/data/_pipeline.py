@@ -13,6 +13,49 @@ import tensorflow as tf
 _PREFETCH = 8
 
 
+def of_windows(windows: tf.data.Dataset, source: Any, count: int | None) -> tf.data.Dataset:
+    """A dataset of windows that keeps their order and knows where they come from.
+
+    Args:
+        windows: The batches.
+        source: What they are windows of.
+        count: How many there are; None if it is not known.
+    """
+    if count is not None:
+        windows = windows.apply(tf.data.experimental.assert_cardinality(count))
+    # With autotuning, the end of an iterator waits for the end of the tuner's sleep: 5, 10, 20,
+    # 41 s after it began.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    windows = windows.with_options(options)
+    windows.shuffle = _refuse_shuffle
+    windows.source = source
+    return windows
+
+
+def _refuse_shuffle(*args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        "Windows must not be shuffled: a lane processes its documents in order. Shuffle documents "
+        "instead, with shuffle=True. Received: dataset().shuffle(...)"
+    )
+
+
+def at_least(name: str, value: int, least: int) -> int:
+    """An argument that is a whole number.
+
+    Args:
+        name: Its name.
+        value: What was given.
+        least: int. The smallest that it can be.
+
+    Raises:
+        ValueError: If it is less, or no integer.
+    """
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+        raise ValueError(f"`{name}` must be an integer >= {least}. Received: {name}={value!r}")
+    return int(value)
+
+
 class WindowPipeline:
     """Reads windows ahead, and tells `DocumentWindows` which of them were handed out.
 
@@ -36,12 +79,7 @@ class WindowPipeline:
         windows = tf.data.Dataset.range(1).flat_map(self._coming_epoch).prefetch(_PREFETCH)
         # Behind the prefetch, because windows that were read ahead may never be used.
         windows = windows.map(self._hand_out)
-        windows = windows.apply(tf.data.experimental.assert_cardinality(self._count))
-        # With autotuning, the end of an iterator waits for the end of the tuner's sleep: 5, 10, 20,
-        # 41 s after it began.
-        options = tf.data.Options()
-        options.autotune.enabled = False
-        return windows.with_options(options)
+        return of_windows(windows, self._windows(), self._count)
 
     def _coming_epoch(self, _: tf.Tensor) -> tf.data.Dataset:
         epoch = tf.numpy_function(lambda: np.int64(self._windows().epoch), [], tf.int64)

@@ -15,7 +15,7 @@ from keras_tbptt._shares import evaluation_shares, multiplied, shares
 from keras_tbptt.data._description import DescribesDocuments
 from keras_tbptt.data._flat import FlatDocuments, NextStep
 from keras_tbptt.data._packing import PACKINGS, Plan
-from keras_tbptt.data._pipeline import WindowPipeline
+from keras_tbptt.data._pipeline import WindowPipeline, at_least
 from keras_tbptt.losses import WindowLoss, check_window_loss
 from keras_tbptt.types import Documents, Labels
 
@@ -42,7 +42,8 @@ class DocumentWindows(DescribesDocuments):
     Args:
         documents: A list of arrays, each integer ids `[T]` or floats `[T, F]`; or a
             `tf.RaggedTensor`; or a finite `tf.data.Dataset` of `document` or
-            `(document, label)`; or, with `offsets`, one flat array `[sum of T]` or
+            `(document, label)`, all of which is read into memory (`DocumentStream` does not); or,
+            with `offsets`, one flat array `[sum of T]` or
             `[sum of T, F]`, which may be a `numpy.memmap`; or, with `lengths`, a padded array. Id 0
             is padding to `Embedding(mask_zero=True)`. For a model with several inputs per step, a
             dict of input names to any of these; documents have the same lengths in all of them.
@@ -133,12 +134,12 @@ class DocumentWindows(DescribesDocuments):
         mean_window: int | None = None,
         stretch: int | None = None,
     ):
-        self.window = _at_least("window", window, 1)
-        self.lanes = _at_least("lanes", lanes, 1)
+        self.window = at_least("window", window, 1)
+        self.lanes = at_least("lanes", lanes, 1)
         _check_plan(packing, window, mean_window, stretch)
         self.packing = packing
         self.shuffle = bool(shuffle)
-        self.seed = random.randint(0, 2**31 - 1) if seed is None else _at_least("seed", seed, 0)
+        self.seed = random.randint(0, 2**31 - 1) if seed is None else at_least("seed", seed, 0)
         self._seed_drawn = seed is None
         self.mean_window, self.stretch = mean_window, stretch
         self.epoch = 0
@@ -155,7 +156,6 @@ class DocumentWindows(DescribesDocuments):
             lead_in=lead_in,
             streams=self.lanes if streams else None,
         )
-        self.per_step = self._flat.per_step
         self._layout = PACKINGS[packing](
             self._flat.lengths, self.window, self.lanes, mean_window, stretch
         )
@@ -249,6 +249,26 @@ class DocumentWindows(DescribesDocuments):
         return self.num_steps / (len(self) * self.lanes * self.window)
 
     @property
+    def place(self) -> int:
+        """As `epoch`: where training goes on."""
+        return self.epoch
+
+    @place.setter
+    def place(self, place: int) -> None:
+        self.epoch = place
+
+    def begin(self) -> int:
+        """Where a new `fit` begins."""
+        return self.epoch
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a training to be resumed."""
+        names = ("window", "lanes", "packing", "shuffle", "seed", "mean_window", "stretch")
+        of_plan = {name: getattr(self, name) for name in names}
+        return {"data": self.fingerprint, "documents": self.num_documents, **of_plan}
+
+    @property
     def known(self) -> Any:
         """int64 `[windows, lanes]`: how many targets count in each window of the coming epoch.
 
@@ -332,10 +352,7 @@ class DocumentWindows(DescribesDocuments):
         weigh = None
         if not flags:
             weigh = functools.partial(_stock_batch, window_loss, self.window, scale)
-        dataset = WindowPipeline(self, spec, weigh).dataset()
-        dataset.shuffle = _refuse_shuffle
-        dataset.source = self
-        return dataset
+        return WindowPipeline(self, spec, weigh).dataset()
 
     def whole(self, documents: Any) -> tuple:
         """Whole documents side by side, aligned at their ends.
@@ -386,14 +403,14 @@ def _check_plan(packing: str, window: int, mean_window: int | None, stretch: int
         raise ValueError(
             f"`packing` must be one of {tuple(PACKINGS)}. Received: packing={packing!r}"
         )
-    if mean_window is not None and 1.25 * _at_least("mean_window", mean_window, 2) > window:
+    if mean_window is not None and 1.25 * at_least("mean_window", mean_window, 2) > window:
         raise ValueError(
             "`window` is the longest that a window can be, and must leave room for lengths "
             "around `mean_window`: at least 1.25 times as much. "
             f"Received: window={window}, mean_window={mean_window}"
         )
     if stretch is not None:
-        _at_least("stretch", stretch, 1)
+        at_least("stretch", stretch, 1)
 
 
 def _evaluation_scale(windows: DocumentWindows, flags: bool, window_loss: str) -> Any:
@@ -427,13 +444,6 @@ def _evaluation_scale(windows: DocumentWindows, flags: bool, window_loss: str) -
     return tf.nest.map_structure(scale, known, per_step)
 
 
-def _refuse_shuffle(*args: Any, **kwargs: Any) -> None:
-    raise ValueError(
-        "Windows must not be shuffled: a lane processes its documents in order. Shuffle documents "
-        "instead, with DocumentWindows(..., shuffle=True). Received: dataset().shuffle(...)"
-    )
-
-
 def _stock_batch(
     window_loss: WindowLoss, window: int, scale: Any, x: Mapping[str, Any], *targets: Any
 ) -> tuple:
@@ -447,9 +457,3 @@ def _stock_batch(
     weights = evaluation_shares(x, window, sample_weight)
     weights = tf.nest.map_structure(operator.mul, weights, scale)
     return x["inputs"], y, multiplied(sample_weight, weights)
-
-
-def _at_least(name: str, value: int, least: int) -> int:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-        raise ValueError(f"`{name}` must be an integer >= {least}. Received: {name}={value!r}")
-    return int(value)
