@@ -92,8 +92,9 @@ class Replicas:
         """
         if self.workers == 1:
             return condition
-        found = self.strategy.run(lambda: tf.cast(condition, tf.int32))
-        return self.strategy.reduce(tf.distribute.ReduceOp.SUM, found, axis=None) > 0
+        with self.strategy.scope():
+            found = self.strategy.run(lambda: tf.cast(condition, tf.int32))
+            return self.strategy.reduce(tf.distribute.ReduceOp.SUM, found, axis=None) > 0
 
     def all(self, condition: tf.Tensor) -> tf.Tensor:
         """Whether something is so on all workers; as `any`.

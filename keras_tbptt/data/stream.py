@@ -137,7 +137,7 @@ class DocumentStream(WindowSource):
             skip_errors,
         )
         self.counts: Counts | None = None
-        self.position = Position.beginning()
+        self._start = self._reached = Position.beginning()
         self.failure: Exception | None = None
         self._numbers = itertools.count()
         self._read_ahead: dict[int, Position] = {}
@@ -202,7 +202,10 @@ class DocumentStream(WindowSource):
         )
 
     def dataset(self, flags: bool = True, *, one_pass: bool = False) -> tf.data.Dataset:
-        """The windows as batches for a `TBPTTModel`, from `position` on.
+        """The windows as batches for a `TBPTTModel`.
+
+        Each time it is iterated over, it begins where `position` or `epoch` were set to, or at the
+        first document. `fit` sets them.
 
         Args:
             flags: Must be True: a stream trains a `TBPTTModel` alone.
@@ -270,6 +273,18 @@ class DocumentStream(WindowSource):
         return self.counts
 
     @property
+    def position(self) -> Position:
+        """Where the stream is, after the last window that was handed out.
+
+        You may set it: the stream then begins there.
+        """
+        return self._reached
+
+    @position.setter
+    def position(self, position: Position) -> None:
+        self._start = self._reached = position
+
+    @property
     def epoch(self) -> int:
         """The epoch of the next document. You may set it: the stream then begins there."""
         return self.position.next.epoch
@@ -279,17 +294,18 @@ class DocumentStream(WindowSource):
         self.position = Position.beginning(epoch)
 
     @property
-    def place(self) -> Position:
-        """As `position`: where training goes on."""
-        return self.position
+    def place(self) -> tuple[Position, Position]:
+        """Where the stream begins, and where it is."""
+        return self._start, self._reached
 
     @place.setter
-    def place(self, place: Position) -> None:
-        self.position = place
+    def place(self, place: tuple[Position, Position]) -> None:
+        self._start, self._reached = place
 
-    def begin(self) -> Position:
-        """Where a new `fit` begins: with the next documents, and no lane in the middle of one."""
-        return dataclasses.replace(Position.beginning(), next=self.position.next)
+    def begin(self) -> tuple[Position, Position]:
+        """The `place` of a new `fit`: the next documents, and no lane in the middle of one."""
+        start = dataclasses.replace(Position.beginning(), next=self.position.next)
+        return start, start
 
     @property
     def skipped(self) -> dict[tuple[str, int | None], str]:
@@ -410,7 +426,7 @@ class DocumentStream(WindowSource):
         return Lanes(
             self._records,
             self._order(worker, workers, one_pass),
-            Position.beginning() if one_pass else self.position,
+            Position.beginning() if one_pass else self._start,
             self.lanes,
             slice(worker * own, (worker + 1) * own),
             self.window,
@@ -434,7 +450,7 @@ class DocumentStream(WindowSource):
         return number
 
     def _hand_out(self, number: int) -> None:
-        self.position = self._read_ahead[int(number)]
+        self._reached = self._read_ahead[int(number)]
         for earlier in [n for n in self._read_ahead if n <= number]:
             del self._read_ahead[earlier]
 

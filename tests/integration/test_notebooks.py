@@ -19,7 +19,11 @@ def test_each_script_has_an_up_to_date_notebook():
     assert notebooks == {s.stem: make.text(s) for s in make.SCRIPTS}, f"Run: python {MAKE}"
 
 
-@pytest.mark.parametrize("script", make.SCRIPTS, ids=lambda script: script.stem)
+# Of the others it is enough that their scripts run.
+RUN = [script for script in make.SCRIPTS if script.stem in ("by_hand", "sentiment")]
+
+
+@pytest.mark.parametrize("script", RUN, ids=lambda script: script.stem)
 def test_a_notebook_runs_from_its_file(script, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")

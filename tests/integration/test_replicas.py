@@ -101,6 +101,22 @@ def test_a_worker_is_killed_and_all_are_resumed_to_the_bit(tmp_path):
     assert all("no checkpoint in common" in error for error in errors)
 
 
+def test_workers_read_shards_of_their_own_and_resume_to_the_bit(tmp_path):
+    whole = outputs(workers("streamed.py", tmp_path / "whole"))
+    processes = workers("streamed.py", tmp_path / "part")
+    for line in processes[0].stdout:
+        if line.startswith("window 20"):
+            break
+    processes[1].send_signal(signal.SIGKILL)
+    outputs(processes, successful=False)
+    resumed = outputs(workers("streamed.py", tmp_path / "part"))
+    for one, other in zip(whole, resumed, strict=True):
+        figures, digest = other.splitlines()[-2:]
+        for differences in json.loads(figures).values():
+            assert max(differences.values()) < 2e-6
+        assert digest.split("sha ")[1] == last_words(one).split("sha ")[1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM])
 def test_a_signal_to_one_worker_saves_on_all(tmp_path, number):
     processes = workers("resumed.py", tmp_path / "part")
