@@ -8,16 +8,6 @@ from keras_tbptt import _keras
 from keras_tbptt._replicas import copies
 
 _OF_A_DEVICE = ("gradient_accumulation_steps", "ema_overwrite_frequency")
-_CLIPPING = ("clipnorm", "global_clipnorm", "clipvalue")
-
-
-def clips(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Whether an optimizer clips gradients.
-
-    Args:
-        optimizer: An optimizer.
-    """
-    return any(getattr(optimizer, name, None) for name in _CLIPPING)
 
 
 def check_optimizer(model: keras.Model) -> None:
@@ -46,8 +36,6 @@ def check_optimizer(model: keras.Model) -> None:
         for name in _OF_A_DEVICE
         if (value := getattr(each, name, None))
     ]
-    if inner is not None and clips(inner):
-        wrong.append("clipping in mixed_float16")
     if wrong:
         raise ValueError(
             "Keras would do this on each replica before gradients are summed up: leave it out, or "

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import operator
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -246,14 +247,29 @@ def build_compiled(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> No
         model.optimizer.build(model.trainable_variables)
 
 
-def clip(optimizer: keras.optimizers.Optimizer, gradients: list[Any]) -> list[Any]:
-    """Clips gradients as an optimizer's `clipnorm`, `global_clipnorm` or `clipvalue` says.
+def apply_summed(
+    optimizer: keras.optimizers.Optimizer, gradients: list[Any], variables: list[Any]
+) -> None:
+    """An optimizer's step with gradients that are summed over replicas already.
+
+    Keras would clip the gradients of each replica, and sum them up then.
 
     Args:
-        optimizer: An optimizer.
-        gradients: Tensors, `tf.IndexedSlices` or None.
+        optimizer: An optimizer, or a `LossScaleOptimizer` of one.
+        gradients: Tensors, `tf.IndexedSlices` or None; the same on all replicas.
+        variables: What they are the gradients of.
     """
-    return optimizer._clip_gradients(gradients)
+    inner = getattr(optimizer, "inner_optimizer", None) or optimizer
+    if "_all_reduce_sum_gradients" not in vars(inner):
+        usual = inner._all_reduce_sum_gradients
+        inner._all_reduce_sum_gradients = lambda pairs: (
+            list(pairs) if getattr(_SUMMED, "now", False) else usual(pairs)
+        )
+    _SUMMED.now = True
+    try:
+        optimizer.apply(gradients, variables)
+    finally:
+        _SUMMED.now = False
 
 
 def strategy_of(optimizer: keras.optimizers.Optimizer) -> tf.distribute.Strategy:
@@ -315,6 +331,10 @@ def set_initial_epoch(model: keras.Model, epoch: int | None) -> None:
             `fit`. None gives the argument its effect back.
     """
     model._initial_epoch = None if epoch is None else _Epoch(epoch)
+
+
+# Each replica of a process traces its step in a thread of its own.
+_SUMMED = threading.local()
 
 
 class _Epoch(int):

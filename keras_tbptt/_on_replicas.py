@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
 from keras_tbptt._compiled import check_compiled, check_optimizer
+from keras_tbptt._replicas import summed_over_replicas
 from keras_tbptt._sampling import SamplesClasses
 from keras_tbptt._steps import model_scope
 from keras_tbptt.state import reset_states
@@ -83,10 +84,20 @@ class StepsOnReplicas(SamplesClasses):
             reset_states(self, x["starts"])
             found = step(x, y, weight, share)
             loss_metric(self).update_state(found.loss.mean, sample_weight=found.loss.count)
-            return self.compute_metrics(x["inputs"], y, found.y_pred, weight)
+            logs = self.compute_metrics(x["inputs"], y, found.y_pred, weight)
+            return logs if self.replicas.count == 1 else self._metrics_of_all()
 
         logs = self.replicas.run(run, x, y, weight, share)
-        return logs if self.replicas.strategy is None else self.get_metrics_result()
+        if self.replicas.strategy is None:
+            return logs
+        return {name: self.replicas.first(value) for name, value in logs.items()}
+
+    def _metrics_of_all(self) -> dict[str, tf.Tensor]:
+        """The metrics of all replicas, within one: their states are added up in one exchange."""
+        variables = self.metrics_variables
+        states = summed_over_replicas([tf.convert_to_tensor(v.value) for v in variables])
+        with keras.StatelessScope(state_mapping=list(zip(variables, states, strict=True))):
+            return self.get_metrics_result()
 
     def make_train_function(self, force: bool = False) -> Callable:
         """Makes what Keras calls for `steps_per_execution` windows.

@@ -68,6 +68,14 @@ class Replicas:
             return function(*args)
         return self.strategy.run(lambda *whole: function(*self._own(whole)), args=args)
 
+    def first(self, value: Any) -> Any:
+        """A value that is the same on all replicas, from the first one of this process.
+
+        Args:
+            value: What `run` has returned.
+        """
+        return self.strategy.experimental_local_results(value)[0]
+
     def gathered(self, outputs: Any) -> Any:
         """The rows of all replicas, in the order of lanes.
 
@@ -180,6 +188,31 @@ class Replicas:
             return tf.ensure_shape(own, [lanes, *shape])
 
         return tf.nest.map_structure(rows, whole)
+
+
+def summed_over_replicas(tensors: Sequence[Any]) -> list[Any]:
+    """Sums over all replicas, within a replica; all dense tensors of a dtype in one exchange.
+
+    An exchange takes about a millisecond, however little it exchanges.
+
+    Args:
+        tensors: Tensors, `tf.IndexedSlices` or None.
+    """
+    context = tf.distribute.get_replica_context()
+    found = list(tensors)
+    dense = [i for i, each in enumerate(found) if tf.is_tensor(each) and not _is_slices(each)]
+    for dtype in sorted({found[i].dtype for i in dense}, key=str):  # in one order on all workers
+        places = [i for i in dense if found[i].dtype == dtype]
+        together = tf.concat([tf.reshape(found[i], [-1]) for i in places], 0)
+        sizes = [found[i].shape.num_elements() for i in places]
+        parts = tf.split(context.all_reduce("SUM", together), sizes)
+        for i, part in zip(places, parts, strict=True):
+            found[i] = tf.reshape(part, found[i].shape)
+    return [context.all_reduce("SUM", each) if _is_slices(each) else each for each in found]
+
+
+def _is_slices(value: Any) -> bool:
+    return isinstance(value, tf.IndexedSlices)
 
 
 def check_one_device(model: keras.Model, what: str) -> None:

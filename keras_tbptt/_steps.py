@@ -10,13 +10,13 @@ import keras
 import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
-from keras_tbptt._compiled import clips
 from keras_tbptt._reach import WindowHistory, backpropagate
+from keras_tbptt._replicas import summed_over_replicas
 from keras_tbptt._reporting import BatchLoss, batch_loss, penalty, uncounted_loss
 from keras_tbptt._shares import any_counts
 from keras_tbptt.layers import ConcatPooling
 from keras_tbptt.layers._sampling_layer import mark_sampled, sampled_of, seen
-from keras_tbptt.optimizers import LazyAdam
+from keras_tbptt.optimizers import LazyAdam, sum_slices
 from keras_tbptt.state import (
     call_masked,
     explicit_state,
@@ -337,20 +337,13 @@ def _if(condition: bool | tf.Tensor, yes: Callable, no: Callable) -> Any:
 
 def _apply(model: keras.Model, gradients: list[Any]) -> None:
     """Makes an optimizer step. Gradients are summed over replicas before they are clipped."""
-    optimizer, replicas = model.optimizer, model.replicas.count
-    if replicas > 1 and clips(optimizer):
-        kept = [gradient for gradient in gradients if gradient is not None]
-        summed = tf.distribute.get_replica_context().all_reduce("SUM", kept)
-        # The optimizer adds up the parts of all replicas. The norm of a part is below any limit.
-        parts = iter([_divided(each, replicas) for each in _keras.clip(optimizer, list(summed))])
-        gradients = [None if gradient is None else next(parts) for gradient in gradients]
-    optimizer.apply(gradients, model.trainable_variables)
-
-
-def _divided(gradient: Any, count: int) -> Any:
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(gradient.values / count, gradient.indices, gradient.dense_shape)
-    return gradient / count
+    optimizer, variables = model.optimizer, model.trainable_variables
+    if model.replicas.count == 1:
+        optimizer.apply(gradients, variables)
+    else:
+        # A word that occurs several times is sent once.
+        each = [sum_slices(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients]
+        _keras.apply_summed(optimizer, summed_over_replicas(each), variables)
 
 
 def _real_steps(model: keras.Model, x: Mapping[str, tf.Tensor]) -> tf.Tensor:

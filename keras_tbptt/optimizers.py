@@ -56,8 +56,6 @@ class LazyAdam(OpenAdam):
         if not isinstance(gradient, tf.IndexedSlices):
             super().update_step(gradient, variable, learning_rate)
             return
-        if tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            gradient = sum_slices(gradient)  # replicas may share words
         dtype, rows = variable.dtype, gradient.indices
         values = tf.cast(gradient.values, dtype)
         momentum, velocity = (slot.value for slot in self.slots(variable))

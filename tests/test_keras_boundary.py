@@ -199,3 +199,22 @@ def test_a_record_of_a_tfrecord_file_is_read_alone_and_its_checksum_is_checked(t
     (tmp_path / "a.tfrecord").write_bytes(content)
     with pytest.raises(tf.errors.DataLossError):
         _keras.tf_record_reader(path).read(19)
+
+
+def test_summed_gradients_are_applied_without_summing_them_again():
+    variable = keras.Variable(np.ones(2))
+    optimizer = keras.optimizers.SGD(1.0, clipnorm=1.0)
+    assert callable(optimizer._all_reduce_sum_gradients)
+    called = []
+
+    class Watched(keras.optimizers.SGD):
+        def _all_reduce_sum_gradients(self, pairs):
+            called.append(pairs)
+            return super()._all_reduce_sum_gradients(pairs)
+
+    optimizer = Watched(1.0, clipnorm=1.0)
+    _keras.apply_summed(optimizer, [tf.constant([3.0, 4.0])], [variable])
+    assert not called
+    np.testing.assert_allclose(variable, [0.4, 0.2], atol=1e-6)
+    optimizer.apply([tf.constant([3.0, 4.0])], [variable])
+    assert len(called) == 1

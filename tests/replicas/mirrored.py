@@ -170,6 +170,17 @@ def test_bfloat16_learns_on_replicas():
     assert found["weights"] < 0.02 and found["copies"] == 0
 
 
+def test_float16_learns_on_replicas_with_clipping():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        found = cases.compare(
+            STRATEGY, optimizer=lambda: keras.optimizers.Adam(0.01, clipnorm=0.05)
+        )
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert found["weights"] < 0.02 and found["copies"] == 0 and found["steps"] == 0
+
+
 def within_scope(call):
     with STRATEGY.scope():
         return call()
