@@ -14,20 +14,6 @@ import keras
 import tensorflow as tf
 
 
-def tf_record_reader(path: str) -> Any:
-    """A reader of single records of a TFRecord file, which checks their checksums.
-
-    Args:
-        path: The file.
-
-    Returns:
-        An object whose `read(offset)` gives `(record, end)`, or raises `tf.errors.DataLossError`.
-    """
-    from tensorflow.python.lib.io import tf_record
-
-    return tf_record.tf_record_random_reader(path)
-
-
 def flatten_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """All layers below a layer, at any depth: nested models, wrappers, custom layers.
 

@@ -410,7 +410,7 @@ def test_damaged_empty_and_missing_shards_are_named(tmp_path):
     paths[2].write_bytes(content)
     (tmp_path / "part-empty.tfrecord").touch()
     everything = [*map(str, paths), str(tmp_path / "part-empty.tfrecord")]
-    with pytest.raises(RecordError, match=r"record 0 of .*00002-of-00003, DataLossError"):
+    with pytest.raises(RecordError, match=r"record 0 of .*00002-of-00003, .*checksum"):
         compiled().fit(stream(everything, parse_record), steps_per_epoch=99, verbose=0)
     with pytest.raises(RecordError, match="empty") as caught:
         compiled().fit(stream(everything[3:] + everything[:1], parse_record), verbose=0)
@@ -428,6 +428,26 @@ def test_damaged_empty_and_missing_shards_are_named(tmp_path):
     with pytest.raises(ValueError, match="compressed"):
         (tmp_path / "a.jsonl.gz").touch()
         stream(str(tmp_path / "a.jsonl.gz"))
+
+
+@pytest.mark.parametrize("damage", ["cut off", "a wrong length", "a wrong end"])
+def test_what_follows_a_damaged_length_is_not_read(damage, tmp_path):
+    _, parse_record = write(tmp_path, "part.tfrecord-0000{}-of-00003", [RECORDS[:5]])
+    [path] = tmp_path.glob("part*")
+    content = bytearray(path.read_bytes())
+    fourth = [16 + len(json.dumps(row)) for row in RECORDS[:3]]
+    if damage == "cut off":
+        del content[-3:]
+    elif damage == "a wrong length":
+        content[sum(fourth)] += 1
+    else:
+        content[sum(fourth) - 1] ^= 1
+    path.write_bytes(content)
+    found = stream(str(path), parse_record, skip_errors=True)
+    counts = found.count()
+    kept = {"cut off": 4, "a wrong length": 3, "a wrong end": 4}[damage]
+    bad = {"cut off": 4, "a wrong length": 3, "a wrong end": 2}[damage]
+    assert counts.documents == kept and [*found.skipped] == [(str(path), bad)]
 
 
 def test_a_document_in_progress_that_is_gone_is_named(tmp_path):

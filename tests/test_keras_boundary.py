@@ -188,19 +188,6 @@ def test_the_slots_of_adam_and_its_clipping():
     assert float(tf.norm(optimizer.clip([tf.constant([3.0, 4.0])])[0])) == pytest.approx(1)
 
 
-def test_a_record_of_a_tfrecord_file_is_read_alone_and_its_checksum_is_checked(tmp_path):
-    path = str(tmp_path / "a.tfrecord")
-    with tf.io.TFRecordWriter(path) as writer:
-        writer.write(b"one")
-        writer.write(b"two")
-    assert _keras.tf_record_reader(path).read(16 + 3) == (b"two", 2 * 19)
-    content = bytearray((tmp_path / "a.tfrecord").read_bytes())
-    content[19 + 12] ^= 1
-    (tmp_path / "a.tfrecord").write_bytes(content)
-    with pytest.raises(tf.errors.DataLossError):
-        _keras.tf_record_reader(path).read(19)
-
-
 def test_summed_gradients_are_applied_without_summing_them_again():
     variable = keras.Variable(np.ones(2))
     optimizer = keras.optimizers.SGD(1.0, clipnorm=1.0)

@@ -9,14 +9,12 @@ import json
 import mmap
 import os
 import pathlib
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import tensorflow as tf
-
-from keras_tbptt import _keras
 
 # Shards that stay open: the one that is read, and the one before.
 _OPEN = 2
@@ -166,23 +164,44 @@ class JsonLines(Lines):
 
 
 class TFRecords(_File):
-    """The records of an uncompressed TFRecord file, as bytes, whose checksums are checked."""
+    """The records of an uncompressed TFRecord file, as bytes, whose checksums are checked.
+
+    A record is its length (8 bytes), a checksum of the length (4), the bytes, and their checksum.
+    TensorFlow's own reader of single records reads megabytes ahead of each.
+    """
 
     def __init__(self, path: pathlib.Path):
         super().__init__(path)
-        size, at, begins = len(self._bytes), 0, []
-        while at < size:
+        at, begins = 0, []
+        while at < len(self._bytes):
             begins.append(at)
-            if at + 12 > size:
-                break
-            # A damaged length leads anywhere: reading the record finds out.
-            at += 16 + struct.unpack_from("<Q", self._bytes, at)[0]
+            length = self._length(at)
+            if length is None:
+                break  # nothing tells where the next one begins; reading this one is an error
+            at += 16 + length
         self._begins = np.array(begins, "int64")
-        self._reader = _keras.tf_record_reader(str(path))
 
     def __getitem__(self, record: int) -> bytes:
         """The bytes of the record."""
-        return self._reader.read(int(self._begins[record]))[0]
+        begin = int(self._begins[record])
+        length = self._length(begin)
+        content = b"" if length is None else self._bytes[begin + 12 : begin + 12 + length]
+        if length is None or not self._is_sum_of(content, begin + 12 + length):
+            raise ValueError(f"the checksum is wrong at byte {begin}")
+        return content
+
+    def _length(self, begin: int) -> int | None:
+        """The length of a record, or None if it is damaged."""
+        number = self._bytes[begin : begin + 8]
+        found = int.from_bytes(number, "little")
+        whole = begin + 16 + found <= len(self._bytes)
+        return found if whole and self._is_sum_of(number, begin + 8) else None
+
+    def _is_sum_of(self, content: bytes, place: int) -> bool:
+        """Whether the checksum at a place, masked as TensorFlow stores it, is that of some bytes."""
+        found = google_crc32c.value(content)
+        masked = ((found >> 15 | found << 17) + 0xA282EAD8) & 0xFFFFFFFF
+        return masked.to_bytes(4, "little") == self._bytes[place : place + 4]
 
 
 class ParquetRows:

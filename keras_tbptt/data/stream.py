@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from keras_tbptt._files import write_whole
@@ -449,7 +450,7 @@ class DocumentStream(WindowSource):
         self._read_ahead[number] = position
         return number
 
-    def _hand_out(self, number: int) -> None:
+    def _hand_out(self, number: int | np.int64) -> None:
         self._reached = self._read_ahead[int(number)]
         for earlier in [n for n in self._read_ahead if n <= number]:
             del self._read_ahead[earlier]
@@ -471,6 +472,8 @@ class _Pipeline:
     def __init__(self, stream: DocumentStream, worker: int, workers: int, one_pass: bool):
         self._stream = weakref.ref(stream)
         self._place = worker, workers, one_pass
+        self._keys = itertools.count()
+        self._running: dict[int, Lanes | None] = {}
         batch = stream.lanes_of_worker(worker, workers, True).idle()
         self._spec = tf.nest.map_structure(lambda a: tf.TensorSpec(a.shape, a.dtype), batch)
 
@@ -480,38 +483,55 @@ class _Pipeline:
         Args:
             count: How many there are; None if it is not known.
         """
-        flat = tf.nest.flatten(self._spec)
-        windows = tf.data.Dataset.from_generator(
-            self._windows, output_signature=(tf.TensorSpec((), tf.int64), *flat)
-        )
+        key = tf.TensorSpec((), tf.int64)
+        iterations = tf.data.Dataset.from_generator(self._iterations, output_signature=key)
+        windows = iterations.flat_map(self._windows_of).take_while(lambda more, *_: more)
         # Told behind the prefetch, because windows that were read ahead may never be used.
         windows = windows.prefetch(_AHEAD).map(self._hand_out)
         return of_windows(windows, self._stream(), count)
 
-    def _windows(self) -> Iterator[tuple]:
+    def _iterations(self) -> Iterator[int]:
+        """One iteration over the dataset. Its lanes live until TensorFlow closes the generator."""
+        key = next(self._keys)
+        self._running[key] = None  # opened by the first window, whose errors are noted
+        try:
+            yield key
+        finally:
+            del self._running[key]
+
+    def _windows_of(self, key: tf.Tensor) -> tf.data.Dataset:
+        return tf.data.Dataset.range(np.iinfo("int64").max).map(lambda _: self._read(key))
+
+    def _read(self, key: tf.Tensor) -> tuple:
+        flat = tf.nest.flatten(self._spec)
+        more, number, *tensors = tf.numpy_function(
+            self._next_window, [key], [tf.bool, tf.int64, *(spec.dtype for spec in flat)]
+        )
+        tensors = [tf.ensure_shape(t, s.shape) for t, s in zip(tensors, flat, strict=True)]
+        return tf.ensure_shape(more, []), tf.ensure_shape(number, []), *tensors
+
+    def _next_window(self, key: np.int64) -> list[Any]:
         stream = self._stream()
         _, workers, one_pass = self._place
-        stream.failure = None
         try:
-            lanes = stream.lanes_of_worker(*self._place)
-            while True:
-                batch = lanes.read()
-                if batch is None:
-                    if workers == 1:
-                        return
-                    batch = lanes.idle()
-                number = -1 if one_pass else stream._note(lanes.position)
-                yield number, *tf.nest.flatten(batch)
+            lanes = self._running[int(key)]
+            if lanes is None:
+                stream.failure = None
+                lanes = self._running[int(key)] = stream.lanes_of_worker(*self._place)
+            batch = lanes.read()
         except Exception as error:
             stream.failure = error
             raise
+        more = batch is not None or workers > 1
+        number = -1 if one_pass else stream._note(lanes.position)
+        return [more, np.int64(number), *tf.nest.flatten(batch or lanes.idle())]
 
-    def _hand_out(self, number: tf.Tensor, *flat: tf.Tensor) -> tuple:
+    def _hand_out(self, _: tf.Tensor, number: tf.Tensor, *flat: tf.Tensor) -> tuple:
         batch = tf.nest.pack_sequence_as(self._spec, flat)
         if self._place[2]:
             return batch
 
-        def tell(number: Any) -> Any:
+        def tell(number: np.int64) -> np.int64:
             self._stream()._hand_out(number)
             return number
 
