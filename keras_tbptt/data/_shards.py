@@ -6,9 +6,9 @@ import functools
 import glob
 import importlib
 import json
-import mmap
 import os
 import pathlib
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,6 +20,8 @@ import tensorflow as tf
 _OPEN = 2
 # Bytes of a line that may be blank; a longer one is taken for a record.
 _SHORT = 9
+# Bytes that are read at a time to find where records begin.
+_BUFFER = 1 << 22
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
 
 
@@ -113,22 +115,24 @@ class Shards:
 
 
 class _File:
-    """A file in memory pages that the system reads when they are used.
+    """A file of records. It is not mapped into memory, where all that was read would count.
 
     Args:
         path: The file.
     """
 
+    _begins: np.ndarray
+
     def __init__(self, path: pathlib.Path):
-        self._bytes: Any = b""
-        if path.stat().st_size:
-            with open(path, "rb") as file:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = open(path, "rb", buffering=_BUFFER)
+        weakref.finalize(self, self._file.close)
+        self._size = path.stat().st_size
 
     def __len__(self) -> int:
         return len(self._begins)
 
-    _begins: np.ndarray
+    def _bytes(self, begin: int, end: int) -> bytes:
+        return os.pread(self._file.fileno(), end - begin, begin)
 
 
 class Lines(_File):
@@ -136,11 +140,11 @@ class Lines(_File):
 
     def __init__(self, path: pathlib.Path):
         super().__init__(path)
-        found, chunk = [np.zeros(1, "int64")], 1 << 24
-        for start in range(0, len(self._bytes), chunk):
-            part = np.frombuffer(self._bytes[start : start + chunk], "uint8")
+        found = [np.zeros(1, "int64")]
+        for start in range(0, self._size, _BUFFER):
+            part = np.frombuffer(self._bytes(start, start + _BUFFER), "uint8")
             found.append(np.flatnonzero(part == ord("\n")) + start + 1)
-        begins = np.unique(np.append(np.concatenate(found), len(self._bytes)))
+        begins = np.unique(np.append(np.concatenate(found), self._size))
         self._begins, self._ends = begins[:-1], begins[1:]
         short = np.flatnonzero(self._ends - self._begins < _SHORT)
         blank = [i for i in short.tolist() if not self._line(i).strip()]
@@ -152,7 +156,7 @@ class Lines(_File):
         return self._line(record).decode().rstrip("\r\n")
 
     def _line(self, record: int) -> bytes:
-        return self._bytes[self._begins[record] : self._ends[record]]
+        return self._bytes(int(self._begins[record]), int(self._ends[record]))
 
 
 class JsonLines(Lines):
@@ -173,9 +177,10 @@ class TFRecords(_File):
     def __init__(self, path: pathlib.Path):
         super().__init__(path)
         at, begins = 0, []
-        while at < len(self._bytes):
+        while at < self._size:
             begins.append(at)
-            length = self._length(at)
+            self._file.seek(at)  # within the buffer, if it can
+            length = self._length(at, self._file.read(12))
             if length is None:
                 break  # nothing tells where the next one begins; reading this one is an error
             at += 16 + length
@@ -184,24 +189,25 @@ class TFRecords(_File):
     def __getitem__(self, record: int) -> bytes:
         """The bytes of the record."""
         begin = int(self._begins[record])
-        length = self._length(begin)
-        content = b"" if length is None else self._bytes[begin + 12 : begin + 12 + length]
-        if length is None or not self._is_sum_of(content, begin + 12 + length):
-            raise ValueError(f"the checksum is wrong at byte {begin}")
-        return content
+        length = self._length(begin, self._bytes(begin, begin + 12))
+        if length is not None:
+            content = self._bytes(begin + 12, begin + 16 + length)
+            if _is_sum_of(content[:-4], content[-4:]):
+                return content[:-4]
+        raise ValueError(f"the checksum is wrong at byte {begin}")
 
-    def _length(self, begin: int) -> int | None:
+    def _length(self, begin: int, head: bytes) -> int | None:
         """The length of a record, or None if it is damaged."""
-        number = self._bytes[begin : begin + 8]
-        found = int.from_bytes(number, "little")
-        whole = begin + 16 + found <= len(self._bytes)
-        return found if whole and self._is_sum_of(number, begin + 8) else None
+        found = int.from_bytes(head[:8], "little")
+        whole = begin + 16 + found <= self._size
+        return found if whole and _is_sum_of(head[:8], head[8:]) else None
 
-    def _is_sum_of(self, content: bytes, place: int) -> bool:
-        """Whether the checksum at a place, masked as TensorFlow stores it, is that of some bytes."""
-        found = google_crc32c.value(content)
-        masked = ((found >> 15 | found << 17) + 0xA282EAD8) & 0xFFFFFFFF
-        return masked.to_bytes(4, "little") == self._bytes[place : place + 4]
+
+def _is_sum_of(content: bytes, stored: bytes) -> bool:
+    """Whether a checksum, masked as TensorFlow stores it, is that of some bytes."""
+    found = google_crc32c.value(content)
+    masked = ((found >> 15 | found << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    return masked.to_bytes(4, "little") == stored
 
 
 class ParquetRows:
