@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -124,6 +125,14 @@ def as_dataset(
         _check_flags(flags, _flags_needed(flags, model, learns, per_step))
         _check_targets(y, sample_weight, model)
     return dataset
+
+
+@contextlib.contextmanager
+def to_the_end() -> Iterator[None]:
+    """Keras warns at the end of data of unknown length, which is what an evaluation waits for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Your input ran out of data", UserWarning)
+        yield
 
 
 def has_flags(x: Any) -> bool:

@@ -79,9 +79,15 @@ class PredictsDocuments(SavesStates):
             ValueError: If the windows do not fit the model.
             tf.errors.InvalidArgumentError: If the windows of a lane do not follow each other.
         """
+        if isinstance(_batches.source_of(x), DocumentStream) and self.replicas.workers > 1:
+            raise ValueError(
+                "Each worker reads other documents of a stream, so none could return all "
+                f"predictions: predict on one device. Received: {self.replicas.workers} workers"
+            )
         dataset = _batches.as_dataset(x, self, needs_labels=False)
-        with without_training(self, x), _single_steps(self):
-            return super().predict(dataset, *args, **kwargs)
+        with _batches.errors_of(x), _batches.to_the_end():
+            with without_training(self, x), _single_steps(self):
+                return super().predict(dataset, *args, **kwargs)
 
     def predict_documents(
         self,

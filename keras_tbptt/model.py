@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -278,7 +277,7 @@ class TBPTTModel(StepsOnReplicas):
         """
         dataset = _batches.as_dataset(x, self, steps=kwargs.get("steps"))
         self.prepare(dataset)
-        with without_training(self, x), _batches.errors_of(x), _without_warning_of_end():
+        with without_training(self, x), _batches.errors_of(x), _batches.to_the_end():
             results = super().evaluate(dataset, *args, **kwargs)
         if not loss_metric(self).count.numpy():
             warnings.warn(
@@ -299,6 +298,12 @@ class TBPTTModel(StepsOnReplicas):
             int: the windows in which any lane learns; with `backprop_windows="all"` the groups of
             documents, and with `"artbp"` the expected number.
         """
+        if not isinstance(windows, DocumentWindows):
+            raise ValueError(
+                "A stream does not know in which windows there is something to learn: with "
+                'window_loss="per_window" it is every window, steps_per_epoch of them. '
+                f"Received: {windows!r}"
+            )
         plan = windows.plan
         if self.backprop_windows == "all":
             return int(plan.starts.any(axis=1).sum())
@@ -413,14 +418,6 @@ def _steps_of(stream: DocumentStream, steps_per_epoch: int | None) -> int:
             f"which reads all documents once. Received: steps_per_epoch=None, {stream!r}"
         )
     return len(stream) if steps_per_epoch is None else steps_per_epoch
-
-
-@contextlib.contextmanager
-def _without_warning_of_end() -> Iterator[None]:
-    """Keras warns at the end of data of unknown length, which is what an evaluation waits for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Your input ran out of data", UserWarning)
-        yield
 
 
 class _FirstPlace(keras.callbacks.Callback):

@@ -1,9 +1,11 @@
 """Documents that are read from shards while a model trains."""
 
+import gc
 import itertools
 import json
 import pickle
 import threading
+import weakref
 
 import keras
 import numpy as np
@@ -343,6 +345,49 @@ def test_a_second_fit_goes_on_with_the_next_documents():
     assert [*there] == expected[taken : taken + 4]
 
 
+def test_several_iterations_do_not_disturb_each_other():
+    train = stream(shuffle=True)
+    whole = batches(train.dataset(), 20)
+    dataset = train.dataset()
+    pairs = batches(tf.data.Dataset.zip(dataset, dataset), 20)
+    assert_same([one for one, _ in pairs], whole)
+    assert_same([other for _, other in pairs], whole)
+    iterators = [iter(train.dataset()) for _ in range(9)]
+    for iterator in iterators:
+        next(iterator)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="at once"):
+        for _ in range(200):
+            next(iterators[0])
+    for _ in range(200):
+        next(iterators[8])
+
+
+def test_a_stream_is_let_go_of():
+    def train_once():
+        train = stream(pickle.loads(pickle.dumps(SHARDS)))
+        compiled().fit(train, steps_per_epoch=3, validation_data=train, verbose=0)
+        return weakref.ref(train)
+
+    alive = train_once()
+    gc.collect()
+    assert alive() is None
+
+
+def test_the_length_of_an_epoch_is_part_of_a_training(tmp_path):
+    model, train = compiled(), stream()
+    model.fit(train, steps_per_epoch=9, verbose=0, callbacks=[ExactBackup(tmp_path, train)])
+    with pytest.raises(ValueError, match="steps_per_epoch=5"):
+        model.fit(
+            train, steps_per_epoch=5, epochs=2, verbose=0, callbacks=[ExactBackup(tmp_path, train)]
+        )
+
+
+def test_windows_of_large_steps_are_read_ahead_in_a_smaller_number():
+    rows = [np.ones((3, 20_000), "float32")] * 9
+    dataset = DocumentStream([rows], window=50, lanes=8).dataset()
+    assert dataset._input_dataset._input_dataset._input_dataset._buffer_size.numpy() == 2
+
+
 def test_a_counted_stream_needs_no_steps_per_epoch(tmp_path):
     train, model = stream(), compiled()
     with pytest.raises(ValueError, match="steps_per_epoch"):
@@ -496,3 +541,6 @@ def test_what_needs_documents_in_memory_is_refused():
         compiled(backprop_windows="all").fit(stream(), steps_per_epoch=2)
     with pytest.raises(TypeError, match="length"):
         len(stream())
+    with pytest.raises(ValueError, match="something to learn"):
+        model.optimizer_steps(stream())
+    assert model.predict(stream(), verbose=0).shape[1:] == (1,)

@@ -260,6 +260,8 @@ class ExactBackup(keras.callbacks.Callback):
         # Without the window history's variables, whose first dimension grows.
         shapes = [[*v.shape] for v in self._variables() if None not in v.shape]
         described = identity.training_identity(self.model, self.windows)
+        if not isinstance(self.windows, DocumentWindows):
+            described["steps_per_epoch"] = self._steps
         return {**self._workers.identity, **described, "variables": shapes}
 
     def _newest(self) -> dict[str, Any] | None:

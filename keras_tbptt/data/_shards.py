@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import pathlib
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -63,6 +64,7 @@ class Shards:
         ]
         self._readers = [_reader_of(shard) for shard in self._given]
         self._opened: dict[int, Sequence] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """How many shards there are."""
@@ -70,7 +72,10 @@ class Shards:
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the open files."""
-        return {**vars(self), "_opened": {}}
+        return {name: v for name, v in vars(self).items() if name not in ("_opened", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _opened={}, _lock=threading.Lock())
 
     def open(self, shard: int) -> Sequence:
         """The records of a shard.
@@ -81,6 +86,10 @@ class Shards:
         Raises:
             RecordError: If it is missing, empty or damaged as a whole.
         """
+        with self._lock:  # training and validation may read the same shards at the same time
+            return self._open(shard)
+
+    def _open(self, shard: int) -> Sequence:
         if shard not in self._opened:
             name = self.names[shard]
             try:

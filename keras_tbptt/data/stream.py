@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import heapq
 import itertools
@@ -24,8 +26,10 @@ from keras_tbptt.data._records import RecordForm, Records
 from keras_tbptt.data._shards import Shards
 from keras_tbptt.data._source import WindowSource
 
-# Windows that are read ahead. They bridge the opening of the next shard.
-_AHEAD = 64
+# Windows that are read ahead, and their bytes. They bridge the opening of the next shard.
+_AHEAD, _AHEAD_BYTES = 64, 64 << 20
+# Iterations over the datasets of a stream that may run at the same time.
+_ITERATIONS = 8
 
 
 class Counts(NamedTuple):
@@ -61,7 +65,8 @@ class DocumentStream(WindowSource):
     With several workers each of them reads shards of its own, for its own lanes.
 
     A document is whole in memory while a lane runs it, and so is the list of the places of the
-    records of two shards. Windows are read ahead in the background, 64 of them.
+    records of two shards. Windows are read ahead in the background: 64 of them, or as many as are
+    64 MB.
 
     Args:
         shards: A path, a pattern such as `"train-*.jsonl"`, or a list of these. The name says the
@@ -141,7 +146,7 @@ class DocumentStream(WindowSource):
         self._start = self._reached = Position.beginning()
         self.failure: Exception | None = None
         self._numbers = itertools.count()
-        self._read_ahead: dict[int, Position] = {}
+        self._running: dict[int, _Iteration] = {}  # the one that was used last is the last
 
     @classmethod
     def next_step(
@@ -191,9 +196,8 @@ class DocumentStream(WindowSource):
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the windows that were read ahead."""
-        numbers = {"_numbers": itertools.count(), "_read_ahead": {}, "failure": None}
-        return {**vars(self), **numbers}
+        """Everything but the iterations that have begun."""
+        return {**vars(self), "_numbers": itertools.count(), "_running": {}, "failure": None}
 
     def __repr__(self) -> str:
         """The class and its sizes."""
@@ -415,25 +419,6 @@ class DocumentStream(WindowSource):
         seed = self.seed if self.shuffle and not one_pass else None
         return Order(seed, len(self._records.shards), worker, workers)
 
-    def lanes_of_worker(self, worker: int, workers: int, one_pass: bool) -> Lanes:
-        """The lanes that a worker runs.
-
-        Args:
-            worker: As in `dataset_of_worker`.
-            workers: As in `dataset_of_worker`.
-            one_pass: As in `dataset_of_worker`.
-        """
-        own = self.lanes // workers
-        return Lanes(
-            self._records,
-            self._order(worker, workers, one_pass),
-            Position.beginning() if one_pass else self._start,
-            self.lanes,
-            slice(worker * own, (worker + 1) * own),
-            self.window,
-            endless=not one_pass,
-        )
-
     def _count(self) -> Counts:
         lanes = [0] * self.lanes
         count, steps, windows = 0, 0, 0
@@ -444,16 +429,76 @@ class DocumentStream(WindowSource):
             heapq.heapreplace(lanes, lanes[0] - (-length // self.window))
         return Counts(count, steps, windows, max(lanes))
 
-    def _note(self, position: Position) -> int:
-        """Keeps where the stream is after a window that was read; returns the window's number."""
+    def _iterate(self, worker: int, workers: int, one_pass: bool) -> int:
+        """Begins an iteration over a dataset, and returns its number."""
         number = next(self._numbers)
-        self._read_ahead[number] = position
+        self.failure = None
+        while len(self._running) >= _ITERATIONS:
+            self._running.pop(next(iter(self._running)))
+        with self._noted():
+            self._running[number] = _Iteration(self, worker, workers, one_pass)
         return number
 
-    def _hand_out(self, number: int | np.int64) -> None:
-        self._reached = self._read_ahead[int(number)]
-        for earlier in [n for n in self._read_ahead if n <= number]:
-            del self._read_ahead[earlier]
+    def _iteration(self, number: int) -> _Iteration:
+        """An iteration that has begun, noted as the last that was used."""
+        found = self._running.pop(number, None)
+        if found is None:
+            raise ValueError(
+                "A stream is iterated over by few at a time: iterate over datasets of other "
+                f"streams too. Received: more than {_ITERATIONS} iterations at once over {self!r}"
+            )
+        self._running[number] = found
+        return found
+
+    def _next_window(self, number: int) -> list[Any]:
+        """Whether there is a window, and the parts of its batch."""
+        with self._noted():
+            return self._iteration(number).read()
+
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        """Keeps an error, of which TensorFlow would pass on the text alone."""
+        try:
+            yield
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _hand_out(self, number: int) -> None:
+        """Notes that a window which was read ahead is used now."""
+        self._reached = self._iteration(number).positions.popleft()
+
+
+class _Iteration:
+    """One iteration over a dataset: the lanes, and where each window that was read ahead ends.
+
+    Args:
+        stream: `DocumentStream`.
+        worker: As in `DocumentStream.dataset_of_worker`.
+        workers: As in `DocumentStream.dataset_of_worker`.
+        one_pass: As in `DocumentStream.dataset_of_worker`.
+    """
+
+    def __init__(self, stream: DocumentStream, worker: int, workers: int, one_pass: bool):
+        own = stream.lanes // workers
+        self._endless, self._goes_on = not one_pass, workers > 1
+        self.lanes = Lanes(
+            stream._records,
+            stream._order(worker, workers, one_pass),
+            Position.beginning() if one_pass else stream._start,
+            stream.lanes,
+            slice(worker * own, (worker + 1) * own),
+            stream.window,
+            endless=self._endless,
+        )
+        self.positions: collections.deque[Position] = collections.deque()
+
+    def read(self) -> list[Any]:
+        """Whether there is a window, and the parts of its batch."""
+        batch = self.lanes.read()
+        if self._endless:
+            self.positions.append(self.lanes.position)
+        return [batch is not None or self._goes_on, *tf.nest.flatten(batch or self.lanes.idle())]
 
 
 class _Pipeline:
@@ -472,10 +517,10 @@ class _Pipeline:
     def __init__(self, stream: DocumentStream, worker: int, workers: int, one_pass: bool):
         self._stream = weakref.ref(stream)
         self._place = worker, workers, one_pass
-        self._keys = itertools.count()
-        self._running: dict[int, Lanes | None] = {}
-        batch = stream.lanes_of_worker(worker, workers, True).idle()
+        batch = _Iteration(stream, worker, workers, one_pass=True).lanes.idle()
         self._spec = tf.nest.map_structure(lambda a: tf.TensorSpec(a.shape, a.dtype), batch)
+        size = sum(array.nbytes for array in tf.nest.flatten(batch))
+        self._ahead = int(np.clip(_AHEAD_BYTES // size, 2, _AHEAD))
 
     def dataset(self, count: int | None) -> tf.data.Dataset:
         """The batches.
@@ -483,56 +528,36 @@ class _Pipeline:
         Args:
             count: How many there are; None if it is not known.
         """
-        key = tf.TensorSpec((), tf.int64)
-        iterations = tf.data.Dataset.from_generator(self._iterations, output_signature=key)
-        windows = iterations.flat_map(self._windows_of).take_while(lambda more, *_: more)
+        windows = tf.data.Dataset.range(1).flat_map(self._iteration)
+        windows = windows.take_while(lambda number, more, *_: more)
         # Told behind the prefetch, because windows that were read ahead may never be used.
-        windows = windows.prefetch(_AHEAD).map(self._hand_out)
+        windows = windows.prefetch(self._ahead).map(self._hand_out)
         return of_windows(windows, self._stream(), count)
 
-    def _iterations(self) -> Iterator[int]:
-        """One iteration over the dataset. Its lanes live until TensorFlow closes the generator."""
-        key = next(self._keys)
-        self._running[key] = None  # opened by the first window, whose errors are noted
-        try:
-            yield key
-        finally:
-            del self._running[key]
+    def _iteration(self, _: tf.Tensor) -> tf.data.Dataset:
+        number = tf.numpy_function(
+            lambda: np.int64(self._stream()._iterate(*self._place)), [], tf.int64
+        )
+        number = tf.ensure_shape(number, [])
+        return tf.data.Dataset.range(np.iinfo("int64").max).map(lambda _: self._read(number))
 
-    def _windows_of(self, key: tf.Tensor) -> tf.data.Dataset:
-        return tf.data.Dataset.range(np.iinfo("int64").max).map(lambda _: self._read(key))
-
-    def _read(self, key: tf.Tensor) -> tuple:
+    def _read(self, number: tf.Tensor) -> tuple:
         flat = tf.nest.flatten(self._spec)
-        more, number, *tensors = tf.numpy_function(
-            self._next_window, [key], [tf.bool, tf.int64, *(spec.dtype for spec in flat)]
+        more, *tensors = tf.numpy_function(
+            lambda number: self._stream()._next_window(int(number)),
+            [number],
+            [tf.bool, *(spec.dtype for spec in flat)],
         )
         tensors = [tf.ensure_shape(t, s.shape) for t, s in zip(tensors, flat, strict=True)]
-        return tf.ensure_shape(more, []), tf.ensure_shape(number, []), *tensors
+        return number, tf.ensure_shape(more, []), *tensors
 
-    def _next_window(self, key: np.int64) -> list[Any]:
-        stream = self._stream()
-        _, workers, one_pass = self._place
-        try:
-            lanes = self._running[int(key)]
-            if lanes is None:
-                stream.failure = None
-                lanes = self._running[int(key)] = stream.lanes_of_worker(*self._place)
-            batch = lanes.read()
-        except Exception as error:
-            stream.failure = error
-            raise
-        more = batch is not None or workers > 1
-        number = -1 if one_pass else stream._note(lanes.position)
-        return [more, np.int64(number), *tf.nest.flatten(batch or lanes.idle())]
-
-    def _hand_out(self, _: tf.Tensor, number: tf.Tensor, *flat: tf.Tensor) -> tuple:
+    def _hand_out(self, number: tf.Tensor, _: tf.Tensor, *flat: tf.Tensor) -> tuple:
         batch = tf.nest.pack_sequence_as(self._spec, flat)
         if self._place[2]:
             return batch
 
         def tell(number: np.int64) -> np.int64:
-            self._stream()._hand_out(number)
+            self._stream()._hand_out(int(number))
             return number
 
         with tf.control_dependencies([tf.numpy_function(tell, [number], tf.int64)]):
