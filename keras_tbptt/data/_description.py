@@ -1,13 +1,16 @@
-"""What DocumentWindows say of their documents."""
+"""What DocumentWindows and DocumentStream say of their documents."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from keras_tbptt.data._flat import FlatDocuments
 from keras_tbptt.data._inputs import StaticInput, StepInput
+from keras_tbptt.data._records import RecordForm, Records
 from keras_tbptt.data._source import WindowSource
 
 
@@ -98,3 +101,94 @@ class DescribesDocuments(WindowSource):
     def _batch_shape(self, given: StepInput | StaticInput) -> tuple[int, ...]:
         steps = () if isinstance(given, StaticInput) else (self.window,)
         return (self.lanes, *steps, *given.values.shape[1:])
+
+
+class DescribesStream(WindowSource):
+    """Documents in shards, of which the first one tells what all of them look like.
+
+    Attributes:
+        shuffle: bool. Whether each epoch has a new order.
+    """
+
+    shuffle: bool
+    _records: Records
+
+    @property
+    def batch_shape(self) -> Any:
+        """Shape of a batch: `(lanes, window)`, or `(lanes, window, F)`; with named inputs a dict.
+
+        A static input has the shape `(lanes, ...)`.
+        """
+        form = self._form
+        return self._of_inputs(
+            lambda name: (
+                self.lanes,
+                *(() if name in form.static else (self.window,)),
+                *form.inputs[name][0],
+            )
+        )
+
+    @property
+    def input_dtype(self) -> Any:
+        """`"int32"` or `"float32"`; with named inputs a dict."""
+        return self._of_inputs(lambda name: self._form.inputs[name][1])
+
+    @property
+    def static_names(self) -> list[str]:
+        """The names of the inputs that belong to whole documents."""
+        return list(self._form.static)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there are labels."""
+        return self._form.labels is not None
+
+    @property
+    def per_step(self) -> Any:
+        """Whether there is a target per step; in the structure of the labels where they differ."""
+        timed = self._form.timed
+        if len(set(timed)) < 2:
+            return bool(timed and timed[0])
+        return tf.nest.map_structure(lambda place: timed[place], self._form.labels)
+
+    @property
+    def weights_differ(self) -> bool:
+        """Whether outputs count in other places than others."""
+        return self._form.weights_differ
+
+    @property
+    def has_padding(self) -> bool:
+        """True: a document may end within a window."""
+        return True
+
+    @property
+    def draws(self) -> bool:
+        """Whether the order depends on the seed."""
+        return self.shuffle
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the names and sizes of the shards and of the first document, in hexadecimal.
+
+        The shards are not read as a whole, so a change that keeps the size goes unnoticed.
+        """
+        return self._records.fingerprint
+
+    @property
+    def target_input(self) -> str | None:
+        """The input whose next step is the target; "" for the only one, None for labels."""
+        return self._form.next_step
+
+    @property
+    def predicts_floats(self) -> bool:
+        """Whether the target of a step is the next step, of floats."""
+        form = self._form
+        return form.next_step is not None and form.inputs[form.next_step][1] == "float32"
+
+    @property
+    def _form(self) -> RecordForm:
+        return self._records.form
+
+    def _of_inputs(self, value_of: Callable[[str], Any]) -> Any:
+        values = {name: value_of(name) for name in self._form.inputs}
+        return values if self._form.named else values[""]

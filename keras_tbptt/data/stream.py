@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
 import heapq
-import itertools
 import json
 import os
 import pathlib
 import random
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 from keras_tbptt._files import write_whole
+from keras_tbptt.data._description import DescribesStream
 from keras_tbptt.data._flat import NextStep
+from keras_tbptt.data._iterations import Iterations
 from keras_tbptt.data._lanes import Lanes, Order, Place, Position, documents
 from keras_tbptt.data._pipeline import at_least, of_windows
 from keras_tbptt.data._records import RecordForm, Records
 from keras_tbptt.data._shards import Shards
-from keras_tbptt.data._source import WindowSource
-
-# Windows that are read ahead, and their bytes. They bridge the opening of the next shard.
-_AHEAD, _AHEAD_BYTES = 64, 64 << 20
-# Iterations over the datasets of a stream that may run at the same time.
-_ITERATIONS = 8
 
 
 class Counts(NamedTuple):
@@ -48,7 +39,7 @@ class Counts(NamedTuple):
     one_pass: int
 
 
-class DocumentStream(WindowSource):
+class DocumentStream(DescribesStream):
     """Documents from shards, read while a model trains, as batches of fixed-shape windows.
 
     The batches are like those of `DocumentWindows`, and so are the models that learn from them.
@@ -133,6 +124,7 @@ class DocumentStream(WindowSource):
         self.shuffle = bool(shuffle)
         self.seed = random.randint(0, 2**31 - 1) if seed is None else at_least("seed", seed, 0)
         self._seed_drawn = seed is None
+        self.skip_errors = bool(skip_errors)
         at_once = None if parse_batch is None else at_least("parse_batch", parse_batch, 2)
         next_step = (per_step.target or "") if isinstance(per_step, NextStep) else None
         self._records = Records(
@@ -140,13 +132,10 @@ class DocumentStream(WindowSource):
             parse,
             at_once,
             lambda first: RecordForm(first, per_step, static, unknown, next_step),
-            skip_errors,
+            self.skip_errors,
         )
         self.counts: Counts | None = None
-        self._start = self._reached = Position.beginning()
-        self.failure: Exception | None = None
-        self._numbers = itertools.count()
-        self._running: dict[int, _Iteration] = {}  # the one that was used last is the last
+        self._iterations = Iterations(self._lanes_of)
 
     @classmethod
     def next_step(
@@ -194,10 +183,6 @@ class DocumentStream(WindowSource):
     def __bool__(self) -> bool:
         """True, also before the stream is counted."""
         return True
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the iterations that have begun."""
-        return {**vars(self), "_numbers": itertools.count(), "_running": {}, "failure": None}
 
     def __repr__(self) -> str:
         """The class and its sizes."""
@@ -252,7 +237,8 @@ class DocumentStream(WindowSource):
         count: int | None = tf.data.INFINITE_CARDINALITY
         if one_pass and workers == 1:
             count = None if self.counts is None else self.counts.one_pass
-        return _Pipeline(self, worker, workers, one_pass).dataset(count)
+        windows = self._iterations.dataset(worker, workers, one_pass)
+        return of_windows(windows, self, count)
 
     def count(self, cache: str | os.PathLike | None = None) -> Counts:
         """Reads all documents once, so that the length of an epoch is known.
@@ -268,7 +254,8 @@ class DocumentStream(WindowSource):
             RecordError: If a record cannot be read.
         """
         path = None if cache is None else pathlib.Path(cache)
-        key = f"{self.fingerprint} window={self.window} lanes={self.lanes}"
+        names = ("fingerprint", "window", "lanes", "per_step", "skip_errors")
+        key = " ".join(f"{name}={getattr(self, name)}" for name in names)
         known = json.loads(path.read_text()) if path is not None and path.exists() else {}
         if key not in known:
             known[key] = self._count()
@@ -283,11 +270,11 @@ class DocumentStream(WindowSource):
 
         You may set it: the stream then begins there.
         """
-        return self._reached
+        return self._iterations.reached
 
     @position.setter
     def position(self, position: Position) -> None:
-        self._start = self._reached = position
+        self.place = position, position
 
     @property
     def epoch(self) -> int:
@@ -301,11 +288,11 @@ class DocumentStream(WindowSource):
     @property
     def place(self) -> tuple[Position, Position]:
         """Where the stream begins, and where it is."""
-        return self._start, self._reached
+        return self._iterations.start, self._iterations.reached
 
     @place.setter
     def place(self, place: tuple[Position, Position]) -> None:
-        self._start, self._reached = place
+        self._iterations.start, self._iterations.reached = place
 
     def begin(self) -> tuple[Position, Position]:
         """The `place` of a new `fit`: the next documents, and no lane in the middle of one."""
@@ -313,70 +300,14 @@ class DocumentStream(WindowSource):
         return start, start
 
     @property
+    def failure(self) -> Exception | None:
+        """Why the stream could not be read, the last time that it was iterated over."""
+        return self._iterations.failure
+
+    @property
     def skipped(self) -> dict[tuple[str, int | None], str]:
         """What was left out: `(shard, record)`, or `(shard, None)`, to the error."""
         return dict(self._records.skipped)
-
-    @property
-    def batch_shape(self) -> Any:
-        """Shape of a batch: `(lanes, window)`, or `(lanes, window, F)`; with named inputs a dict.
-
-        A static input has the shape `(lanes, ...)`.
-        """
-        form = self._form
-        return self._of_inputs(
-            lambda name: (
-                self.lanes,
-                *(() if name in form.static else (self.window,)),
-                *form.inputs[name][0],
-            )
-        )
-
-    @property
-    def input_dtype(self) -> Any:
-        """`"int32"` or `"float32"`; with named inputs a dict."""
-        return self._of_inputs(lambda name: self._form.inputs[name][1])
-
-    @property
-    def static_names(self) -> list[str]:
-        """The names of the inputs that belong to whole documents."""
-        return list(self._form.static)
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether there are labels."""
-        return self._form.labels is not None
-
-    @property
-    def per_step(self) -> Any:
-        """Whether there is a target per step; in the structure of the labels where they differ."""
-        timed = self._form.timed
-        if len(set(timed)) < 2:
-            return bool(timed and timed[0])
-        return tf.nest.map_structure(lambda place: timed[place], self._form.labels)
-
-    @property
-    def weights_differ(self) -> bool:
-        """Whether outputs count in other places than others."""
-        return self._form.weights_differ
-
-    @property
-    def has_padding(self) -> bool:
-        """True: a document may end within a window."""
-        return True
-
-    @property
-    def draws(self) -> bool:
-        """Whether the order depends on the seed."""
-        return self.shuffle
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the names and sizes of the shards and of the first document, in hexadecimal.
-
-        The shards are not read as a whole, so a change that keeps the size goes unnoticed.
-        """
-        return self._records.fingerprint
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -396,28 +327,22 @@ class DocumentStream(WindowSource):
         before = limits.get(name, (smallest, largest))
         limits[name] = max(before[0], smallest), min(before[1], largest)
 
-    @property
-    def target_input(self) -> str | None:
-        """The input whose next step is the target; "" for the only one, None for labels."""
-        return self._form.next_step
-
-    @property
-    def predicts_floats(self) -> bool:
-        """Whether the target of a step is the next step, of floats."""
-        form = self._form
-        return form.next_step is not None and form.inputs[form.next_step][1] == "float32"
-
-    @property
-    def _form(self) -> RecordForm:
-        return self._records.form
-
-    def _of_inputs(self, value_of: Callable[[str], Any]) -> Any:
-        values = {name: value_of(name) for name in self._form.inputs}
-        return values if self._form.named else values[""]
-
     def _order(self, worker: int, workers: int, one_pass: bool) -> Order:
         seed = self.seed if self.shuffle and not one_pass else None
         return Order(seed, len(self._records.shards), worker, workers)
+
+    def _lanes_of(self, worker: int, workers: int, one_pass: bool, position: Position) -> Lanes:
+        """The lanes that a worker runs from a position on."""
+        own = self.lanes // workers
+        return Lanes(
+            self._records,
+            self._order(worker, workers, one_pass),
+            position,
+            self.lanes,
+            slice(worker * own, (worker + 1) * own),
+            self.window,
+            endless=not one_pass,
+        )
 
     def _count(self) -> Counts:
         lanes = [0] * self.lanes
@@ -428,137 +353,3 @@ class DocumentStream(WindowSource):
             windows += -(-length // self.window)
             heapq.heapreplace(lanes, lanes[0] - (-length // self.window))
         return Counts(count, steps, windows, max(lanes))
-
-    def _iterate(self, worker: int, workers: int, one_pass: bool) -> int:
-        """Begins an iteration over a dataset, and returns its number."""
-        number = next(self._numbers)
-        self.failure = None
-        while len(self._running) >= _ITERATIONS:
-            self._running.pop(next(iter(self._running)))
-        with self._noted():
-            self._running[number] = _Iteration(self, worker, workers, one_pass)
-        return number
-
-    def _iteration(self, number: int) -> _Iteration:
-        """An iteration that has begun, noted as the last that was used."""
-        found = self._running.pop(number, None)
-        if found is None:
-            raise ValueError(
-                "A stream is iterated over by few at a time: iterate over datasets of other "
-                f"streams too. Received: more than {_ITERATIONS} iterations at once over {self!r}"
-            )
-        self._running[number] = found
-        return found
-
-    def _next_window(self, number: int) -> list[Any]:
-        """Whether there is a window, and the parts of its batch."""
-        with self._noted():
-            return self._iteration(number).read()
-
-    @contextlib.contextmanager
-    def _noted(self) -> Iterator[None]:
-        """Keeps an error, of which TensorFlow would pass on the text alone."""
-        try:
-            yield
-        except Exception as error:
-            self.failure = error
-            raise
-
-    def _hand_out(self, number: int) -> None:
-        """Notes that a window which was read ahead is used now."""
-        self._reached = self._iteration(number).positions.popleft()
-
-
-class _Iteration:
-    """One iteration over a dataset: the lanes, and where each window that was read ahead ends.
-
-    Args:
-        stream: `DocumentStream`.
-        worker: As in `DocumentStream.dataset_of_worker`.
-        workers: As in `DocumentStream.dataset_of_worker`.
-        one_pass: As in `DocumentStream.dataset_of_worker`.
-    """
-
-    def __init__(self, stream: DocumentStream, worker: int, workers: int, one_pass: bool):
-        own = stream.lanes // workers
-        self._endless, self._goes_on = not one_pass, workers > 1
-        self.lanes = Lanes(
-            stream._records,
-            stream._order(worker, workers, one_pass),
-            Position.beginning() if one_pass else stream._start,
-            stream.lanes,
-            slice(worker * own, (worker + 1) * own),
-            stream.window,
-            endless=self._endless,
-        )
-        self.positions: collections.deque[Position] = collections.deque()
-
-    def read(self) -> list[Any]:
-        """Whether there is a window, and the parts of its batch."""
-        batch = self.lanes.read()
-        if self._endless:
-            self.positions.append(self.lanes.position)
-        return [batch is not None or self._goes_on, *tf.nest.flatten(batch or self.lanes.idle())]
-
-
-class _Pipeline:
-    """Reads windows ahead, and tells the stream which of them were handed out.
-
-    TensorFlow keeps every Python function that a graph calls, and all it refers to, for ever.
-    Therefore this object refers to the stream weakly.
-
-    Args:
-        stream: `DocumentStream`.
-        worker: As in `DocumentStream.dataset_of_worker`.
-        workers: As in `DocumentStream.dataset_of_worker`.
-        one_pass: As in `DocumentStream.dataset_of_worker`.
-    """
-
-    def __init__(self, stream: DocumentStream, worker: int, workers: int, one_pass: bool):
-        self._stream = weakref.ref(stream)
-        self._place = worker, workers, one_pass
-        batch = _Iteration(stream, worker, workers, one_pass=True).lanes.idle()
-        self._spec = tf.nest.map_structure(lambda a: tf.TensorSpec(a.shape, a.dtype), batch)
-        size = sum(array.nbytes for array in tf.nest.flatten(batch))
-        self._ahead = int(np.clip(_AHEAD_BYTES // size, 2, _AHEAD))
-
-    def dataset(self, count: int | None) -> tf.data.Dataset:
-        """The batches.
-
-        Args:
-            count: How many there are; None if it is not known.
-        """
-        windows = tf.data.Dataset.range(1).flat_map(self._iteration)
-        windows = windows.take_while(lambda number, more, *_: more)
-        # Told behind the prefetch, because windows that were read ahead may never be used.
-        windows = windows.prefetch(self._ahead).map(self._hand_out)
-        return of_windows(windows, self._stream(), count)
-
-    def _iteration(self, _: tf.Tensor) -> tf.data.Dataset:
-        number = tf.numpy_function(
-            lambda: np.int64(self._stream()._iterate(*self._place)), [], tf.int64
-        )
-        number = tf.ensure_shape(number, [])
-        return tf.data.Dataset.range(np.iinfo("int64").max).map(lambda _: self._read(number))
-
-    def _read(self, number: tf.Tensor) -> tuple:
-        flat = tf.nest.flatten(self._spec)
-        more, *tensors = tf.numpy_function(
-            lambda number: self._stream()._next_window(int(number)),
-            [number],
-            [tf.bool, *(spec.dtype for spec in flat)],
-        )
-        tensors = [tf.ensure_shape(t, s.shape) for t, s in zip(tensors, flat, strict=True)]
-        return number, tf.ensure_shape(more, []), *tensors
-
-    def _hand_out(self, number: tf.Tensor, _: tf.Tensor, *flat: tf.Tensor) -> tuple:
-        batch = tf.nest.pack_sequence_as(self._spec, flat)
-        if self._place[2]:
-            return batch
-
-        def tell(number: np.int64) -> np.int64:
-            self._stream()._hand_out(int(number))
-            return number
-
-        with tf.control_dependencies([tf.numpy_function(tell, [number], tf.int64)]):
-            return tf.nest.map_structure(tf.identity, batch)
