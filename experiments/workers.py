@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -88,14 +89,15 @@ def launch(directory: runner.RunDirectory) -> None:
             module = ".".join(pathlib.Path(sys.argv[0]).with_suffix("").parts[-2:])
             # A later flag takes precedence.
             places = [f"--run_dir={own}", "--resume"]
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", module, *sys.argv[1:], *places],
-                    env={**os.environ, **threads, "TF_CONFIG": json.dumps(task)},
-                    stdout=output,
-                    stderr=output,
+            with _on_cores(i, int(cores)):
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", module, *sys.argv[1:], *places],
+                        env={**os.environ, **threads, "TF_CONFIG": json.dumps(task)},
+                        stdout=output,
+                        stderr=output,
+                    )
                 )
-            )
         try:
             codes = _wait(processes)
         except (KeyboardInterrupt, SystemExit):
@@ -109,6 +111,20 @@ def launch(directory: runner.RunDirectory) -> None:
             "A worker has failed: see output.log in its directory, and resume the run. "
             f"Received: {', '.join(failed)}; {directory.command}"
         )
+
+
+@contextlib.contextmanager
+def _on_cores(worker: int, count: int) -> Iterator[None]:
+    """Processes that are started stay on cores of their own, which is faster; where that works."""
+    if not hasattr(os, "sched_setaffinity"):  # macOS
+        yield
+        return
+    every = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {every[(worker * count + i) % len(every)] for i in range(count)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, every)
 
 
 def _wait(processes: list[subprocess.Popen]) -> list[int]:

@@ -228,6 +228,13 @@ def two_head_data():
     return {"tags": tags, "label": LABELS.astype("float32")}
 
 
+def test_per_step_has_the_names_of_the_labels():
+    rows = [([1, 2], {"tags": [0, 1], "label": 1.0})]
+    for per_step in ({"tags": True, "lable": False}, {"tags": True}, [True, False, True]):
+        with pytest.raises(ValueError, match="per_step"):
+            stream([rows], parse=None, per_step=per_step)
+
+
 def test_two_heads_evaluate_as_on_windows_in_memory():
     labels, per_step = two_head_data(), {"tags": True, "label": False}
     rows = [

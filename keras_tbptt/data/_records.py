@@ -97,10 +97,11 @@ class RecordForm:
             self.labels = tf.nest.pack_sequence_as(_structure(labels), places)
             each = per_step if tf.nest.is_nested(per_step) else [per_step] * len(flat)
             self.timed = [bool(timed) for timed in tf.nest.flatten(each)]
-            if len(self.timed) != len(flat):
+            others = isinstance(per_step, Mapping) and set(per_step) != set(labels)
+            if len(self.timed) != len(flat) or others:
                 raise ValueError(
                     "`per_step` must have an entry for each output, like the labels. "
-                    f"Received: per_step={per_step}, {len(flat)} outputs"
+                    f"Received: per_step={per_step}, labels {_short(_structure(labels))}"
                 )
             for i, (given, timed) in enumerate(zip(flat, self.timed, strict=True)):
                 array = _numbers(given, f"label {i}" if len(flat) > 1 else "label")

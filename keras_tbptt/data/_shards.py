@@ -269,7 +269,7 @@ def _listed(given: Any) -> list[Any]:
         if not isinstance(shard, (str, os.PathLike)):
             found.append(shard)
             continue
-        path = pathlib.Path(shard)
+        path = pathlib.Path(shard).expanduser()
         matches = [path] if path.exists() else map(pathlib.Path, sorted(glob.glob(str(path))))
         before = len(found)
         found += matches
