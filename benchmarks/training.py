@@ -6,8 +6,9 @@ Every measurement is a separate process. In a turn, all ways are measured one af
 are --repeats turns, each with the next seed. Figures are medians over turns. A ratio is the median
 of the ratios of single turns. The parts (`--parts`) are:
 
-- `lstm`: a forward and backward pass of the layer alone, at each of --points. The table also shows
-  the rate of its matrix products, as a share of the highest rate that the same turn measured.
+- `lstm` and `gru`: a forward and backward pass of the layer alone, at each of --points. The table
+  of the LSTM also shows the rate of its matrix products, as a share of the highest rate that the
+  same turn measured.
 - `reviews`: real words per second in an epoch over real reviews, with each of --lanes.
 - `language_model`: words per second of training on running text with a full softmax. The recipe is
   that of PyTorch's word_language_model: two layers of 200 units, 10,000 words, 20 lanes and windows
@@ -44,7 +45,8 @@ from experiments import data, figures, runner
 from keras_tbptt import text
 
 ROOT = pathlib.Path(__file__).parent.parent
-PARTS = ("lstm", "reviews", "language_model", "window_losses", "memory", "accuracy")
+LAYERS = {"lstm": "LSTM", "gru": "GRU"}
+PARTS = (*LAYERS, "reviews", "language_model", "window_losses", "memory", "accuracy")
 
 flags.DEFINE_list("parts", list(PARTS), "What to measure.")
 flags.register_validator(
@@ -56,13 +58,13 @@ flags.DEFINE_list(
         *("128x30x64", "256x30x64", "512x30x64", "256x100x64", "256x400x64"),
         *("256x30x32", "256x30x128", "512x30x128"),
     ],
-    "Sizes for `lstm`, as units x window x lanes.",
+    "Sizes for `lstm` and `gru`, as units x window x lanes.",
 )
 flags.DEFINE_list("lanes", ["32", "64", "128"], "Documents in a batch, for `reviews`.")
-flags.DEFINE_integer("units", 256, "Units of the LSTM, in all parts except `lstm`.", 1)
+flags.DEFINE_integer("units", 256, "Units of the LSTM, in all parts except `lstm` and `gru`.", 1)
 flags.DEFINE_integer("embedding", 100, "Size of the embedding.", 1)
 flags.DEFINE_integer("vocab_size", 10_000, "Words of the embedding.", 3)
-flags.DEFINE_integer("window", 30, "Steps in a window (K), in all parts except `lstm`.", 1)
+flags.DEFINE_integer("window", 30, "Steps in a window (K), except for --points.", 1)
 flags.DEFINE_integer("limit", 4_000, "Reviews in an epoch of `reviews`.", 1)
 flags.DEFINE_float("target", 0.885, "Test accuracy at which PyTorch's recipe stops.", 0, 1)
 flags.DEFINE_integer("epochs", 5, "The most epochs that PyTorch's recipe trains.", 1)
@@ -103,12 +105,14 @@ def tasks(files: dict[str, str]) -> Iterator[Task]:
     }
     if "lstm" in FLAGS.parts:
         yield {**base, "part": "peak", "way": STOCK, "point": "peak"}
+    for part in [part for part in LAYERS if part in FLAGS.parts]:
         for point in FLAGS.points:
             units, window, lanes = map(int, point.split("x"))
             sizes = {"units": units, "window": window, "lanes": lanes}
             calls = int(np.clip(2e11 / _flops({**base, **sizes}), 10, 300))  # about a second
             for way in (OURS, STOCK, THREADS, *torch):
-                yield {**base, **sizes, "part": "lstm", "way": way, "point": point, "calls": calls}
+                run = {"part": part, "cell": LAYERS[part], "way": way, "point": point}
+                yield {**base, **sizes, **run, "calls": calls}
     if "reviews" in FLAGS.parts:
         for lanes in FLAGS.lanes:
             sizes = {"lanes": int(lanes), "ids": files["ids"]}
@@ -309,10 +313,13 @@ def report(found: Measurements) -> None:
     """
     parts = found.points
     turns = f"medians of {FLAGS.repeats}"
-    if parts("lstm"):
-        peak = np.median(found.values("peak", "peak", STOCK, "gflops"))
-        title = f"LSTM alone, units x window x lanes: ms, {turns}; peak {peak:.0f} GFLOP/s"
-        report_grid(found, "lstm", "ms", title, ours_first=False)
+    for part, cell in LAYERS.items():
+        title = f"{cell} alone, units x window x lanes: ms, {turns}"
+        if parts(part) and part == "lstm":
+            peak = np.median(found.values("peak", "peak", STOCK, "gflops"))
+            title += f"; peak {peak:.0f} GFLOP/s"
+        if parts(part):
+            report_grid(found, part, "ms", title, ours_first=False)
     if parts("reviews"):
         title = (
             f"An epoch over {FLAGS.limit:,} reviews, {FLAGS.units} units, window {FLAGS.window}: "

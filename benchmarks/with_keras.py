@@ -29,11 +29,11 @@ def peak(task: dict[str, Any]) -> dict[str, float]:
     return {"gflops": 2 * 2048**3 / seconds / 1e9}
 
 
-def lstm(task: dict[str, Any]) -> dict[str, float]:
+def layer_alone(task: dict[str, Any]) -> dict[str, float]:
     """Milliseconds of a forward and backward pass of the layer alone, over one window."""
     lanes, window, size = task["lanes"], task["window"], task["embedding"]
     module = keras_tbptt.layers if task["way"] == "keras_tbptt" else keras.layers
-    layer = module.LSTM(task["units"], stateful=True)
+    layer = getattr(module, task["cell"])(task["units"], stateful=True)
     x = tf.random.normal((lanes, window, size))
     lengths = np.full(lanes, window)
     lengths[0] = window // 2  # as in training, where few rows are padded, but any row may be
@@ -167,8 +167,8 @@ def main() -> None:
     if task["way"] != "keras":
         runner.use_cores(large_products=task["part"] == "language_model")
     keras.utils.set_random_seed(task["seed"])
-    parts = {"peak": peak, "lstm": lstm, "reviews": reviews, "memory": memory}
-    parts |= {"window_losses": reviews, "language_model": language_model}
+    parts = {"peak": peak, "lstm": layer_alone, "gru": layer_alone, "reviews": reviews}
+    parts |= {"window_losses": reviews, "language_model": language_model, "memory": memory}
     found = parts[task["part"]](task)
     print(json.dumps({**found, "peak_mb": runner.peak_rss_mb()}))
 

@@ -38,11 +38,12 @@ class Classifier(torch.nn.Module):
         return self.head(self.dropout(outputs[-1])), state
 
 
-def lstm(task: dict[str, Any]) -> dict[str, float]:
+def layer_alone(task: dict[str, Any]) -> dict[str, float]:
     """Milliseconds of a forward and backward pass of the layer alone, over one window."""
-    layer = torch.nn.LSTM(task["embedding"], task["units"])
+    layer = getattr(torch.nn, task["cell"])(task["embedding"], task["units"])
     x = torch.randn(task["window"], task["lanes"], task["embedding"], requires_grad=True)
-    state = tuple(torch.zeros(1, task["lanes"], task["units"]) for _ in range(2))
+    zeros = torch.zeros(1, task["lanes"], task["units"])
+    state = (zeros, zeros) if task["cell"] == "LSTM" else zeros
 
     def step() -> None:
         layer.zero_grad()
@@ -183,7 +184,8 @@ def main() -> None:
     random.seed(task["seed"])
     torch.manual_seed(task["seed"])
     parts = {
-        "lstm": lstm,
+        "lstm": layer_alone,
+        "gru": layer_alone,
         "reviews": reviews,
         "accuracy": accuracy,
         "language_model": language_model,

@@ -120,7 +120,7 @@ def build_model(vocabulary: int) -> keras_tbptt.TBPTTModel:
             recurrent["unit_forget_bias"] = False
     else:
         dense = {}
-    layer = keras.layers.GRU if FLAGS.cell == "gru" else keras_tbptt.layers.LSTM
+    layer = keras_tbptt.layers.GRU if FLAGS.cell == "gru" else keras_tbptt.layers.LSTM
 
     tokens = keras.Input(batch_shape=(FLAGS.lanes, FLAGS.window), dtype="int32", name="tokens")
     sampled = {} if FLAGS.samples is None else {"samples": FLAGS.samples, "activation": None}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
@@ -14,8 +15,10 @@ from keras_tbptt._reach import WindowHistory, backpropagate
 from keras_tbptt._replicas import summed_over_replicas
 from keras_tbptt._reporting import BatchLoss, batch_loss, penalty, uncounted_loss
 from keras_tbptt._shares import any_counts
+from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.layers import ConcatPooling
 from keras_tbptt.layers._sampling_layer import mark_sampled, sampled_of, seen
+from keras_tbptt.losses import FINAL_LOSSES
 from keras_tbptt.optimizers import LazyAdam, sum_slices
 from keras_tbptt.state import (
     call_masked,
@@ -150,6 +153,14 @@ class OneWindow:
             sample_weight: `tf.TensorSpec` of the weights.
         """
 
+    def steps_in(self, windows: DocumentWindows) -> int:
+        """How many steps the optimizer makes in an epoch.
+
+        Args:
+            windows: What is trained on.
+        """
+        return _learning_windows(self._model, windows)
+
     def learns(self, x: Mapping[str, tf.Tensor], share: Any) -> bool | tf.Tensor:
         """Whether there is anything to learn in a window.
 
@@ -221,6 +232,18 @@ class SeveralWindows:
             sample_weight: `tf.TensorSpec` of the weights.
         """
         self._history_of(self._kept_of(x, y, sample_weight)).clear()
+
+    def steps_in(self, windows: DocumentWindows) -> int:
+        """How many steps the optimizer makes in an epoch; the expected number where cuts are drawn.
+
+        Args:
+            windows: What is trained on.
+        """
+        if self._sliding:
+            return _learning_windows(self._model, windows)
+        if self._cuts is not None:
+            return max(1, round(self._model.cut_probability * len(windows)))
+        return int(windows.starts.any(axis=1).sum())
 
     def learns(self, x: Mapping[str, tf.Tensor], share: Any) -> bool | tf.Tensor:
         """Whether it is time to learn.
@@ -349,6 +372,18 @@ def _apply(model: keras.Model, gradients: list[Any]) -> None:
 def _real_steps(model: keras.Model, x: Mapping[str, tf.Tensor]) -> tf.Tensor:
     """bool `[lanes, window]`: the steps that are no padding, and in no idle lane."""
     return tf.sequence_mask(x["lengths"], model.window)
+
+
+def _learning_windows(model: keras.Model, windows: DocumentWindows) -> int:
+    """In how many windows of the coming epoch any lane has something to learn."""
+    plan = windows.plan
+    learns = plan.ends if model.window_loss in FINAL_LOSSES else plan.length > 0
+    if model.burn_in:
+        learns = learns & (plan.ends | (plan.offset >= model.burn_in * model.window))
+    if windows.has_unknown:
+        known = tf.nest.flatten(windows.known)
+        learns = learns & np.any([each > 0 for each in known], axis=0)
+    return int(learns.any(axis=1).sum())
 
 
 def _build(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> None:

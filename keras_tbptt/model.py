@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
@@ -304,18 +303,7 @@ class TBPTTModel(StepsOnReplicas):
                 'window_loss="per_window" it is every window, steps_per_epoch of them. '
                 f"Received: {windows!r}"
             )
-        plan = windows.plan
-        if self.backprop_windows == "all":
-            return int(plan.starts.any(axis=1).sum())
-        if self.backprop_windows == "artbp":
-            return max(1, round(self.cut_probability * len(windows)))
-        learns = plan.ends if self.window_loss in FINAL_LOSSES else plan.length > 0
-        if self.burn_in:
-            learns = learns & (plan.ends | (plan.offset >= self.burn_in * self.window))
-        if windows.has_unknown:
-            known = tf.nest.flatten(windows.known)
-            learns = learns & np.any([each > 0 for each in known], axis=0)
-        return int(learns.any(axis=1).sum())
+        return self._learn.steps_in(windows)
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Learns from one window of every lane.

@@ -1,5 +1,7 @@
 """The stream in ONNX Runtime: the same answers, whatever the pieces."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -27,10 +29,11 @@ def recurrent(*layers):
     "layers",
     [
         [keras.layers.LSTM],
-        [keras.layers.GRU],
+        [keras_tbptt.layers.GRU],
+        [functools.partial(keras_tbptt.layers.LSTM, product_dtype="bfloat16")],
         [keras.layers.LSTM, keras.layers.GRU, keras.layers.LSTM],
     ],
-    ids=["LSTM", "GRU", "three layers"],
+    ids=["LSTM", "our GRU", "our LSTM, bfloat16", "three layers"],
 )
 def test_streams_in_pieces_of_any_size_are_whole_documents(layers, tmp_path):
     model = token_model(layers=recurrent(*layers))

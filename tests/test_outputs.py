@@ -97,8 +97,16 @@ def test_the_figures_of_training_are_those_of_an_evaluation(steps_per_execution)
             assert history[name][0] == pytest.approx(value, rel=1e-5)
 
 
-@pytest.mark.parametrize("window_loss", ["per_window", "final_only", "linear_gain"])
-@pytest.mark.parametrize("reach", [1, 2, "all"])
+@pytest.mark.parametrize(
+    ("window_loss", "reach"),
+    [
+        ("per_window", 1),
+        ("linear_gain", 1),
+        ("final_only", 2),
+        ("per_window", "all"),
+        ("final_only", "all"),
+    ],
+)
 def test_the_step_is_the_sum_of_the_steps_of_each_head(window_loss, reach):
     """Of plain SGD from the same weights: one head's loss, then the other's."""
     inputs, labels = documents(count=3, longest=12, missing=0.2)

@@ -100,8 +100,15 @@ def test_reach_all_is_the_gradient_of_keras_on_the_whole_document(name):
     assert_equal(fitted(model, windows), [s.numpy() for s in plain.optimizer.sums])
 
 
-@pytest.mark.parametrize("window_loss", ["per_window", "final_only", "linear_gain"])
-@pytest.mark.parametrize("recurrent", [dropped, pooled])
+@pytest.mark.parametrize(
+    ("recurrent", "window_loss"),
+    [
+        (dropped, "per_window"),
+        (dropped, "final_only"),
+        (pooled, "linear_gain"),
+        (pooled, "final_only"),
+    ],
+)
 def test_reach_all_draws_dropout_the_same_way_in_both_passes(recurrent, window_loss):
     windows = windows_of(count=3 * LANES)
     model = build(recurrent, window_loss=window_loss, backprop_windows="all")

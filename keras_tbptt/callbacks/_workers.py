@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,3 +125,35 @@ class Workers:
         if not self.several:
             return by_time
         return bool(self._replicas.from_all([int(by_time)])[0].any())
+
+
+def newest_intact(directory: CheckpointDirectory, workers: Workers) -> dict[str, Any] | None:
+    """What the newest intact checkpoint says of itself, with its `path`.
+
+    Args:
+        directory: Where this worker's checkpoints are.
+        workers: All workers.
+
+    Returns:
+        The dict, or None if there are no checkpoints.
+
+    Raises:
+        ValueError: If all checkpoints are damaged.
+    """
+    there = directory.newest_first()
+    for checkpoint in workers.on_checkpoints(there, directory):
+        try:
+            return {**directory.read_about(checkpoint), "path": checkpoint}
+        except DamagedCheckpointError as error:
+            warnings.warn(
+                "The checkpoint is damaged and is skipped; the one before it is used. "
+                f"Received: {checkpoint} ({error})",
+                stacklevel=2,
+            )
+    if there:
+        raise ValueError(
+            "No checkpoint can be read: to start again, name another backup_dir or empty this "
+            f"one. Received: backup_dir={str(directory.path)!r}, all {len(there)} checkpoints "
+            "damaged"
+        )
+    return None

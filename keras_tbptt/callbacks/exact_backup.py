@@ -17,11 +17,11 @@ from keras_tbptt._keras import set_initial_epoch, sibling_callbacks
 from keras_tbptt._replicas import copies
 from keras_tbptt.callbacks import _identity as identity
 from keras_tbptt.callbacks._agreement import FORMAT, check_agreement, versions
-from keras_tbptt.callbacks._checkpoints import CheckpointDirectory, DamagedCheckpointError
+from keras_tbptt.callbacks._checkpoints import CheckpointDirectory
 from keras_tbptt.callbacks._memory import CallbackMemory
 from keras_tbptt.callbacks._nonfinite import all_finite, find_cause
 from keras_tbptt.callbacks._signals import DeferredSignals
-from keras_tbptt.callbacks._workers import Workers
+from keras_tbptt.callbacks._workers import Workers, newest_intact
 from keras_tbptt.data._lanes import Position
 from keras_tbptt.data._source import WindowSource
 from keras_tbptt.data.stream import DocumentStream
@@ -137,7 +137,7 @@ class ExactBackup(keras.callbacks.Callback):
         self._belongs_to = self._identity()
         self._epoch: int | None = None
         # The checkpoint to be resumed from, until everything of it is restored.
-        self._about = about = self._newest()
+        self._about = about = newest_intact(self.directory, self._workers)
         if about is not None:
             there = about.get("belongs_to", {})
             if self.windows._seed_drawn and "seed" in there:
@@ -264,26 +264,6 @@ class ExactBackup(keras.callbacks.Callback):
             described["steps_per_epoch"] = self._steps
         return {**self._workers.identity, **described, "variables": shapes}
 
-    def _newest(self) -> dict[str, Any] | None:
-        """What the newest intact checkpoint says of itself, with its `path`."""
-        there = self.directory.newest_first()
-        for checkpoint in self._workers.on_checkpoints(there, self.directory):
-            try:
-                return {**self.directory.read_about(checkpoint), "path": checkpoint}
-            except DamagedCheckpointError as error:
-                warnings.warn(
-                    "The checkpoint is damaged and is skipped; the one before it is used. "
-                    f"Received: {checkpoint} ({error})",
-                    stacklevel=2,
-                )
-        if there:
-            raise ValueError(
-                "No checkpoint can be read: to start again, name another backup_dir or empty this "
-                f"one. Received: backup_dir={str(self.directory.path)!r}, all "
-                f"{len(there)} checkpoints damaged"
-            )
-        return None
-
     def _restore(self, about: dict[str, Any]) -> None:
         """Restores the variables."""
         self.directory.restore(about["path"], self._variables())
@@ -352,7 +332,7 @@ class ExactBackup(keras.callbacks.Callback):
     def _save(self, ended: bool = False) -> None:
         began = time.monotonic()
         variables = self._variables()
-        position = self._position()
+        position = _position_of(self.windows, self.model)
         if self._workers.any(not all_finite(variables)):
             self._explain("weights that are not finite")
         rates = identity.learning_rates(self.model)
@@ -383,30 +363,13 @@ class ExactBackup(keras.callbacks.Callback):
             self._took = time.monotonic() - began
             self._saved_at, self._saved_windows = time.monotonic(), self._done
 
-    def _position(self) -> dict[str, Any]:
-        """Where the stream is: after the windows that were trained on, and no others."""
-        if not isinstance(self.windows, DocumentStream):
-            return {}
-        position = self.windows.position
-        if len(position.step):
-            replicas = self.model.replicas
-            trained = self.model.window_order.get()[0]
-            own = np.split(trained, replicas.workers)[replicas.worker]
-            if not np.array_equal(own, position.step):
-                raise ValueError(
-                    "ExactBackup cannot know the place of a stream that is read ahead of training: "
-                    "give fit the stream itself, or a dataset without prefetch. Received: lanes "
-                    f"trained up to steps {own.tolist()}, read up to {position.step.tolist()}"
-                )
-        return {"position": position.to_json()}
-
     def _has_weights(self, weights: list[np.ndarray]) -> bool:
         return all(map(np.array_equal, self.model.get_weights(), weights))
 
     def _explain(self, what: str) -> None:
         """Names the cause of what is not finite, and restores the last checkpoint."""
         self._signals.restore()
-        about = self._newest()
+        about = newest_intact(self.directory, self._workers)
         if about is None:
             raise FloatingPointError(
                 "The weights are not finite before training begins: load or build the model "
@@ -443,3 +406,20 @@ def _build_variables(model: keras.Model, windows: WindowSource) -> None:
     model.compute_loss(x=None, y=y, y_pred=y_pred, sample_weight=weight, training=False)
     model.compute_metrics(None, y, y_pred, weight)
     model.reset_metrics()
+
+
+def _position_of(windows: WindowSource, model: keras.Model) -> dict[str, Any]:
+    """Where a stream is: after the windows that were trained on, and no others."""
+    if not isinstance(windows, DocumentStream):
+        return {}
+    position = windows.position
+    if len(position.step):
+        replicas = model.replicas
+        own = np.split(model.window_order.get()[0], replicas.workers)[replicas.worker]
+        if not np.array_equal(own, position.step):
+            raise ValueError(
+                "ExactBackup cannot know the place of a stream that is read ahead of training: "
+                "give fit the stream itself, or a dataset without prefetch. Received: lanes "
+                f"trained up to steps {own.tolist()}, read up to {position.step.tolist()}"
+            )
+    return {"position": position.to_json()}

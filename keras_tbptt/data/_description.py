@@ -98,6 +98,19 @@ class DescribesDocuments(WindowSource):
         """SHA-256 of documents, labels and weights, in hexadecimal."""
         return self._flat.fingerprint
 
+    @property
+    def place(self) -> int:
+        """As `epoch`: where training goes on."""
+        return self.epoch
+
+    @place.setter
+    def place(self, place: int) -> None:
+        self.epoch = place
+
+    def begin(self) -> int:
+        """Where a new `fit` begins."""
+        return self.epoch
+
     def _batch_shape(self, given: StepInput | StaticInput) -> tuple[int, ...]:
         steps = () if isinstance(given, StaticInput) else (self.window,)
         return (self.lanes, *steps, *given.values.shape[1:])

@@ -249,19 +249,6 @@ class DocumentWindows(DescribesDocuments):
         return self.num_steps / (len(self) * self.lanes * self.window)
 
     @property
-    def place(self) -> int:
-        """As `epoch`: where training goes on."""
-        return self.epoch
-
-    @place.setter
-    def place(self, place: int) -> None:
-        self.epoch = place
-
-    def begin(self) -> int:
-        """Where a new `fit` begins."""
-        return self.epoch
-
-    @property
     def identity(self) -> dict[str, Any]:
         """What must be the same for a training to be resumed."""
         names = ("window", "lanes", "packing", "shuffle", "seed", "mean_window", "stretch")

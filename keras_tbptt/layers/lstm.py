@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tbptt.layers._lstm_loop import SHUT, lstm_in_groups
+from keras_tbptt.layers._cpu_loop import (
+    SHUT,
+    CpuLoop,
+    Steps,
+    dsigmoid,
+    dtanh,
+    first_order_only,
+    product,
+    product_of_all,
+    sum_of_all,
+    transposed,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_tbptt")
-class LSTM(keras.layers.LSTM):
+class LSTM(CpuLoop, keras.layers.LSTM):
     """Long Short-Term Memory layer with a loop of its own for CPUs.
 
     A drop-in replacement for `keras.layers.LSTM`: it has the same arguments, weights, states and
@@ -39,6 +50,10 @@ class LSTM(keras.layers.LSTM):
 
     Args:
         units: Positive integer. Dimensionality of the output space.
+        product_dtype: Optional `"bfloat16"`, for processors that multiply it faster (AMX,
+            AVX512-BF16): the operands of matrix products are rounded to 8 significant bits. States,
+            gates, sums of gradients and weights stay in float32. Keras's own code ignores it.
+            Defaults to `None`: the compute dtype.
         **kwargs: Any other argument of `keras.layers.LSTM`.
 
     Call arguments:
@@ -65,75 +80,87 @@ class LSTM(keras.layers.LSTM):
     - [Hochreiter and Schmidhuber, 1997](https://www.bioinf.jku.at/publications/older/2604.pdf)
     """
 
-    def inner_loop(
-        self,
-        sequences: tf.Tensor,
-        initial_state: list[tf.Tensor],
-        mask: Any,
-        training: bool = False,
-    ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
-        """Runs the steps of one call; `keras.layers.RNN.call` wraps it.
+    def _steps(self) -> Steps:
+        return _steps
 
-        Args:
-            sequences: Float, integer or boolean tensor `(batch, timesteps, features)`.
-            initial_state: Output and cell state, each `(batch, units)`.
-            mask: Boolean tensor `(batch, timesteps)`, or `None`.
-            training: Whether `dropout` applies.
+    def _loop_weights(self, masked: bool) -> list[tf.Tensor]:
+        cell = self.cell
+        # Keras's order: i, f, g, o.
+        shut = np.repeat([-SHUT, SHUT, 0.0, 0.0], self.units)[None] if masked else None
+        bias = cell.bias[None] if self.use_bias else None
+        joined = bias if self._bias_is_joined else None
+        weights = self._rows(cell.kernel, shut, joined, cell.recurrent_kernel)
+        operands = tf.cast(weights, self._operand_dtype)
+        apart = [tf.transpose(self._rows(bias))] if self.use_bias and joined is None else []
+        return [weights, operands, transposed(operands, 4), *apart]
 
-        Returns:
-            The last output, all outputs (or only the last, with a time axis of one, unless
-            `return_sequences`), and the list of the two final states.
-        """
-        if not self._is_fast():
-            return super().inner_loop(sequences, initial_state, mask, training=training)
-        if isinstance(mask, (list, tuple)):
-            mask = mask[0]
-        # Keras casts only floats when it calls a layer; its matrix product casts the rest.
-        sequences = tf.cast(sequences, self.cell.compute_dtype)
-        if training and 0.0 < self.dropout < 1.0:
-            sequences *= self.cell.get_dropout_mask(sequences[:, 0])[:, None]
-        if mask is not None:
-            mask = tf.cast(mask, "bool")
-        if self.go_backwards:
-            sequences = tf.reverse(sequences, [1])
-            mask = None if mask is None else tf.reverse(mask, [1])
-
-        weights = self._joined_weights(masked=mask is not None)
-        h, c = initial_state
-        outputs, h, c = lstm_in_groups(sequences, h, c, mask, weights, self.return_sequences)
-        last = h
-        if mask is not None:
-            # The state carried in shows in no output: before a lane's first step Keras gives zeros.
-            seen = mask if self.zero_output_for_mask else _cumulative_any(mask)
-            last = tf.where(seen[:, -1:], h, 0.0)
-            if self.return_sequences:
-                outputs = tf.where(tf.expand_dims(seen, 2), outputs, 0.0)
-        return last, outputs if self.return_sequences else last[:, None], [h, c]
-
-    def _joined_weights(self, masked: bool) -> tf.Tensor:
-        """The weights of all that a step reads: the rows that `_lstm_loop` multiplies with."""
-        rows = [self.cell.kernel]
-        if masked:
-            shut = np.repeat([-SHUT, SHUT, 0.0, 0.0], self.units)  # Keras's order: i, f, g, o
-            rows.append(shut[None])
-        if self.use_bias:
-            rows.append(self.cell.bias[None])
-        rows.append(self.cell.recurrent_kernel)
-        return tf.concat([keras.ops.convert_to_tensor(r, self.compute_dtype) for r in rows], 0)
-
-    def _is_fast(self) -> bool:
-        """Whether this loop computes exactly what Keras would."""
-        return (
-            self.activation is keras.activations.tanh
-            and self.recurrent_activation is keras.activations.sigmoid
-            and self.cell.implementation == 2  # Keras sets 1 for recurrent dropout.
-            and self.cell.compute_dtype in ("float32", "float64", "bfloat16")
-            and not self.unroll
-            and self.use_cudnn is not True
-            and not tf.config.list_logical_devices("GPU")
-        )
+    @property
+    def _bias_is_joined(self) -> bool:
+        # A sum that is rounded to few digits had better be without it.
+        return self.use_bias and self._operand_dtype == self._state_dtype
 
 
-def _cumulative_any(mask: tf.Tensor) -> tf.Tensor:
-    """Whether any step so far was unmasked, `(batch, timesteps)`."""
-    return tf.cumsum(tf.cast(mask, "int32"), axis=1) > 0
+def _steps(x: tf.Tensor, states: Sequence[tf.Tensor], weights: Sequence[tf.Tensor]) -> tuple:
+    """A known number of steps.
+
+    Args:
+        x: Inputs, mask and bias `(timesteps, inputs, batch)`.
+        states: `h` and `c`, each `(units, batch)`.
+        weights: `(inputs + units, 4 * units)`, the same as operands of products, and these
+            transposed; and the bias `(4 * units, 1)`, unless it is the weight of an input.
+    """
+    outputs, *after = _unrolled(x, *states, *weights)
+    return outputs, after
+
+
+@tf.custom_gradient
+def _unrolled(
+    x: tf.Tensor,
+    h: tf.Tensor,
+    c: tf.Tensor,
+    weights: tf.Tensor,
+    operands: tf.Tensor,
+    operands_t: tf.Tensor,
+    *bias: tf.Tensor,
+) -> tuple:
+    """The steps, with their own backward pass."""
+    inputs, units = x.shape[1], h.shape[0]
+    joined, saved, outputs = [], [], []
+    for x_step in tf.unstack(x):
+        joined.append(tf.concat([x_step, tf.cast(h, x.dtype)], 0))
+        gates = product(operands_t, joined[-1], h.dtype)
+        for b in bias:
+            gates += b
+        i, f, g, o = tf.split(gates, 4)
+        i, f, g, o = tf.sigmoid(i), tf.sigmoid(f), tf.tanh(g), tf.sigmoid(o)
+        previous_c = c
+        c = f * c + i * g
+        tanh_c = tf.tanh(c)
+        h = o * tanh_c
+        saved.append((i, f, g, o, previous_c, tanh_c))
+        outputs.append(h)
+
+    def gradient(doutputs: tf.Tensor, dh: tf.Tensor, dc: tf.Tensor) -> list[tf.Tensor | None]:
+        dx, dgates = [], []
+        for values, doutput in zip(reversed(saved), reversed(tf.unstack(doutputs)), strict=True):
+            i, f, g, o, previous_c, tanh_c = values
+            dh += doutput
+            through_c = dc + dtanh(tanh_c, dh * o)
+            dgate = tf.concat(
+                [
+                    dsigmoid(i, through_c * g),
+                    dsigmoid(f, through_c * previous_c),
+                    dtanh(g, through_c * i),
+                    dsigmoid(o, dh * tanh_c),
+                ],
+                0,
+            )
+            dgates.append(dgate)
+            dx_step, dh = tf.split(tf.matmul(operands, tf.cast(dgate, x.dtype)), [inputs, units])
+            dh, dc = tf.cast(dh, dc.dtype), through_c * f
+            dx.append(dx_step)
+        dweights = product_of_all(joined, dgates[::-1], x.dtype, weights.dtype)
+        gradients = [first_order_only(d) for d in (tf.stack(dx[::-1]), dh, dc, dweights)]
+        return [*gradients, None, None, *(first_order_only(sum_of_all(dgates)) for _ in bias)]
+
+    return (tf.stack(outputs), h, c), gradient

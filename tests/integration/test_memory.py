@@ -26,7 +26,7 @@ import keras_tbptt
 from keras_tbptt.text import encode, make_vectorizer
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-EPOCHS, CALLS = 36, 100
+EPOCHS, CALLS = 36, 60
 
 
 def resident():
@@ -71,13 +71,13 @@ def train(reach, steps_per_execution):
 
 
 def answer(path):
-    """Memory after every time that texts are read, by the model and by what it exported."""
+    """Memory now and then while texts are read, by the model and by what it exported."""
     vectorizer = make_vectorizer([*STRANGE_TEXTS, *"abcdefghij"], VOCAB)
     model = compiled(token_model())
     path = keras_tbptt.export_saved_model(model, path, vectorizer)
     serve = tf.saved_model.load(str(path)).signatures["serving_default"]
     memory = []
-    for _ in range(CALLS):
+    for call in range(CALLS):
         documents = encode(vectorizer, STRANGE_TEXTS)
         windows = keras_tbptt.DocumentWindows(
             documents, np.ones(len(STRANGE_TEXTS)), window=5, lanes=4
@@ -85,7 +85,8 @@ def answer(path):
         model.fit(windows, verbose=0)
         model.predict_documents(documents)
         serve(text=tf.constant(["a b c", "", "\U0001f600 d", "w" * 100_000]))
-        memory.append(resident())
+        if call % 3 == 2:
+            memory.append(resident())
     return {"memory": memory}
 
 
@@ -104,7 +105,7 @@ def growth(memory):
     return memory[-1] / memory[len(memory) // 20 - 1] - 1
 
 
-@pytest.mark.parametrize(("reach", "steps"), [(1, 1), (2, 16), ("all", 16), ("artbp", 1)])
+@pytest.mark.parametrize(("reach", "steps"), [(1, 1), ("all", 16)])
 def test_training_for_many_windows_takes_no_more_memory_and_traces_nothing_anew(reach, steps):
     result = measured("train", reach, steps)
     assert result["windows"] > 3_000

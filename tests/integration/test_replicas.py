@@ -72,8 +72,8 @@ def test_two_workers_learn_what_one_device_learns():
         lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
         assert [line.pop("case") for line in lines] == names
         for line in lines:
-            assert line.pop("states") < 2e-5
-            assert max(line.values()) < 2e-6 and line["copies"] == line["steps"] == 0
+            assert line.pop("states") < 5e-5
+            assert max(line.values()) < 5e-6 and line["copies"] == line["steps"] == 0
 
 
 def last_words(out):
