@@ -95,14 +95,13 @@ def _reset_after(x: tf.Tensor, states: Sequence[tf.Tensor], weights: Sequence[tf
     """A known number of steps, where the reset gate scales what the state adds to the candidate.
 
     Args:
-        x: Inputs, mask and bias `(timesteps, inputs, batch)`.
+        x: Inputs and mask `(timesteps, inputs, batch)`.
         states: `h` alone, `(units, batch)`.
         weights: `(inputs, 3 * units)`, the same as operands of products, and these transposed;
             the three of the state, `(units, 3 * units)`; and, where there is a bias, `(3 * units,
             1)`, and that of the state in the candidate, `(units, 1)`.
     """
-    gates = _of_inputs(x, *weights[:3], *weights[6:7])
-    outputs, h = _unrolled_after(gates, states[0], *weights[3:6], *weights[7:])
+    outputs, h = _unrolled_after(x, *states, *weights)
     return outputs, [h]
 
 
@@ -114,96 +113,128 @@ def _reset_before(x: tf.Tensor, states: Sequence[tf.Tensor], weights: Sequence[t
         states: As in `_reset_after`.
         weights: As in `_reset_after`, without the last.
     """
-    gates = _of_inputs(x, *weights[:3], *weights[6:])
-    outputs, h = _unrolled_before(gates, states[0], *weights[3:6])
+    outputs, h = _unrolled_before(x, *states, *weights)
     return outputs, [h]
 
 
-@tf.custom_gradient
-def _of_inputs(
-    x: tf.Tensor,
-    weights: tf.Tensor,
-    operands: tf.Tensor,
-    operands_t: tf.Tensor,
-    *bias: tf.Tensor,
-) -> tuple:
-    """What the inputs of all steps add to the gates, `(timesteps, 3 * units, batch)`."""
-    gates = product(operands_t, x, weights.dtype)
-    for b in bias:
-        gates += b
+class _OfInputs:
+    """What the inputs of all steps add to the gates: one product in each direction.
 
-    def gradient(dgates: tf.Tensor) -> list[tf.Tensor | None]:
-        by_step = tf.unstack(dgates)
-        dx = tf.matmul(operands, tf.cast(dgates, x.dtype))
-        dweights = product_of_all(tf.unstack(x), by_step, x.dtype, weights.dtype)
-        dbias = [first_order_only(sum_of_all(by_step)) for _ in bias]
-        return [first_order_only(dx), first_order_only(dweights), None, None, *dbias]
+    Args:
+        x: Inputs and mask `(timesteps, inputs, batch)`.
+        weights: `(inputs, 3 * units)`.
+        operands: The same as operands of products.
+        operands_t: These transposed.
+        bias: One of `(3 * units, 1)`, or none.
 
-    return gates, gradient
+    Attributes:
+        gates: For each step, `(3 * units, batch)`.
+    """
+
+    def __init__(
+        self,
+        x: tf.Tensor,
+        weights: tf.Tensor,
+        operands: tf.Tensor,
+        operands_t: tf.Tensor,
+        bias: Sequence[tf.Tensor],
+    ):
+        self._x, self._weights, self._operands, self._bias = x, weights, operands, bias
+        self._steps = tf.unstack(x)
+        gates = product(operands_t, tf.concat(self._steps, 1), weights.dtype)
+        for b in bias:
+            gates += b
+        self.gates = tf.split(gates, len(self._steps), axis=1)
+
+    def gradients(self, dgates: Sequence[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, list]:
+        """The gradients of inputs, of weights, and of the bias if there is one.
+
+        Args:
+            dgates: For each step, `(3 * units, batch)`.
+        """
+        dtype = self._x.dtype
+        dx = tf.matmul(self._operands, tf.cast(tf.concat(dgates, 1), dtype))
+        dx = tf.stack(tf.split(dx, len(self._steps), axis=1))
+        dweights = product_of_all(self._steps, dgates, dtype, self._weights.dtype)
+        return dx, dweights, [sum_of_all(dgates) for _ in self._bias]
 
 
 @tf.custom_gradient
 def _unrolled_after(
-    gates: tf.Tensor,
+    x: tf.Tensor,
     h: tf.Tensor,
     weights: tf.Tensor,
     operands: tf.Tensor,
     operands_t: tf.Tensor,
+    of_state: tf.Tensor,
+    of_state_operands: tf.Tensor,
+    of_state_operands_t: tf.Tensor,
     *bias: tf.Tensor,
 ) -> tuple:
     """The steps of `_reset_after`, with their own backward pass."""
     units = h.shape[0]
+    of_inputs = _OfInputs(x, weights, operands, operands_t, bias[:1])
     saved, outputs = [], []
-    for of_input in tf.unstack(gates):
+    for from_x in of_inputs.gates:
         previous_h = h
-        of_input_zr, of_input_g = tf.split(of_input, [2 * units, units])
-        of_state_zr, of_state_g = tf.split(product(operands_t, h, h.dtype), [2 * units, units])
-        for b in bias:
-            of_state_g += b
-        z, r = tf.split(tf.sigmoid(of_input_zr + of_state_zr), 2)
-        g = tf.tanh(of_input_g + r * of_state_g)
+        from_h = product(of_state_operands_t, h, h.dtype)
+        from_x_zr, from_x_g = tf.split(from_x, [2 * units, units])
+        from_h_zr, from_h_g = tf.split(from_h, [2 * units, units])
+        for b in bias[1:]:
+            from_h_g += b
+        z, r = tf.split(tf.sigmoid(from_x_zr + from_h_zr), 2)
+        g = tf.tanh(from_x_g + r * from_h_g)
         h = z * h + (1 - z) * g
-        saved.append((z, r, g, of_state_g, previous_h))
+        saved.append((z, r, g, from_h_g, previous_h))
         outputs.append(h)
 
     def gradient(doutputs: tf.Tensor, dh: tf.Tensor) -> list[tf.Tensor | None]:
-        dgates, dproducts = [], []
+        dgates, dfrom_h = [], []
         for values, doutput in zip(reversed(saved), reversed(tf.unstack(doutputs)), strict=True):
-            z, r, g, of_state_g, previous_h = values
+            z, r, g, from_h_g, previous_h = values
             dh += doutput
             dg = dtanh(g, dh * (1 - z))
-            dz, dr = dsigmoid(z, dh * (previous_h - g)), dsigmoid(r, dg * of_state_g)
+            dz, dr = dsigmoid(z, dh * (previous_h - g)), dsigmoid(r, dg * from_h_g)
             dgates.append(tf.concat([dz, dr, dg], 0))
-            dproducts.append(tf.concat([dz, dr, dg * r], 0))
-            dh = dh * z + product(operands, dproducts[-1], dh.dtype)
-        dproducts = dproducts[::-1]
-        dweights = product_of_all([row[-1] for row in saved], dproducts, operands.dtype, h.dtype)
-        dbias = [first_order_only(sum_of_all(d[2 * units :] for d in dproducts)) for _ in bias]
-        found = [first_order_only(d) for d in (tf.stack(dgates[::-1]), dh, dweights)]
-        return [*found, None, None, *dbias]
+            dfrom_h.append(tf.concat([dz, dr, dg * r], 0))
+            dh = dh * z + product(of_state_operands, dfrom_h[-1], dh.dtype)
+        dgates, dfrom_h = dgates[::-1], dfrom_h[::-1]
+        dx, dweights, dbias = of_inputs.gradients(dgates)
+        states = [previous_h for *_, previous_h in saved]
+        dof_state = product_of_all(states, dfrom_h, operands.dtype, h.dtype)
+        dbias += [sum_of_all(d[2 * units :] for d in dfrom_h) for _ in bias[1:]]
+        dx, dh, dweights, dof_state, *dbias = map(
+            first_order_only, (dx, dh, dweights, dof_state, *dbias)
+        )
+        return [dx, dh, dweights, None, None, dof_state, None, None, *dbias]
 
     return (tf.stack(outputs), h), gradient
 
 
 @tf.custom_gradient
 def _unrolled_before(
-    gates: tf.Tensor,
+    x: tf.Tensor,
     h: tf.Tensor,
     weights: tf.Tensor,
     operands: tf.Tensor,
     operands_t: tf.Tensor,
+    of_state: tf.Tensor,
+    of_state_operands: tf.Tensor,
+    of_state_operands_t: tf.Tensor,
+    *bias: tf.Tensor,
 ) -> tuple:
     """The steps of `_reset_before`, with their own backward pass."""
     units = h.shape[0]
-    operands_zr, operands_g = tf.split(operands, [2 * units, units], axis=1)
-    operands_t_zr, operands_t_g = tf.split(operands_t, [2 * units, units])
+    of_inputs = _OfInputs(x, weights, operands, operands_t, bias)
+    operands_zr, operands_g = tf.split(of_state_operands, [2 * units, units], axis=1)
+    operands_t_zr, operands_t_g = tf.split(of_state_operands_t, [2 * units, units])
     saved, outputs = [], []
-    for of_input in tf.unstack(gates):
+    for from_x in of_inputs.gates:
         previous_h = h
-        of_input_zr, of_input_g = tf.split(of_input, [2 * units, units])
-        z, r = tf.split(tf.sigmoid(of_input_zr + product(operands_t_zr, h, h.dtype)), 2)
+        from_x_zr, from_x_g = tf.split(from_x, [2 * units, units])
+        z, r = tf.split(tf.sigmoid(from_x_zr + product(operands_t_zr, h, h.dtype)), 2)
         reset_h = r * h
-        g = tf.tanh(of_input_g + product(operands_t_g, reset_h, h.dtype))
+        g = tf.tanh(from_x_g + product(operands_t_g, reset_h, h.dtype))
         h = z * h + (1 - z) * g
         saved.append((z, r, g, reset_h, previous_h))
         outputs.append(h)
@@ -219,15 +250,16 @@ def _unrolled_before(
             dzrs.append(tf.concat([dz, dr], 0))
             dh = dh * z + dreset_h * r + product(operands_zr, dzrs[-1], dh.dtype)
         dzrs, dgs = dzrs[::-1], dgs[::-1]
+        dgates = [tf.concat(both, 0) for both in zip(dzrs, dgs, strict=True)]
+        dx, dweights, dbias = of_inputs.gradients(dgates)
         *_, resets, states = zip(*saved, strict=True)
-        dweights = tf.concat(
-            [
-                product_of_all(states, dzrs, operands.dtype, h.dtype),
-                product_of_all(resets, dgs, operands.dtype, h.dtype),
-            ],
-            1,
+        dof_state = [
+            product_of_all(states, dzrs, operands.dtype, h.dtype),
+            product_of_all(resets, dgs, operands.dtype, h.dtype),
+        ]
+        dx, dh, dweights, dof_state, *dbias = map(
+            first_order_only, (dx, dh, dweights, tf.concat(dof_state, 1), *dbias)
         )
-        dgates = tf.concat([tf.stack(dzrs), tf.stack(dgs)], 1)
-        return [*(first_order_only(d) for d in (dgates, dh, dweights)), None, None]
+        return [dx, dh, dweights, None, None, dof_state, None, None, *dbias]
 
     return (tf.stack(outputs), h), gradient
