@@ -175,6 +175,7 @@ def measure(task: Task) -> dict[str, Any]:
         elif task["part"] == "accuracy":
             command = [sys.executable, "-m", "experiments.imdb", f"--window={task['window']}"]
             command += ["--data=imdb_reviews", f"--seed={task['seed']}", "--export_dir="]
+            command += ["--cache_dir="]  # from raw strings, as the other recipe
             command += [f"--run_dir={folder}", f"--data_dir={FLAGS.data_dir}"]
             command = command if FLAGS.data_dir else command[:-1]
         else:

@@ -22,8 +22,7 @@ import keras
 from absl import flags
 
 import keras_tbptt
-from experiments import data, figures, runner, workers
-from keras_tbptt import text
+from experiments import data, encoded, figures, runner, workers
 from keras_tbptt.data import PACKINGS
 from keras_tbptt.losses import FINAL_LOSSES, WINDOW_LOSSES
 
@@ -72,6 +71,11 @@ flags.DEFINE_enum(
     "`auto` uses generated reviews only if imdb_reviews can be neither loaded nor downloaded.",
 )  # fmt: skip
 flags.DEFINE_string("data_dir", None, "Directory of tensorflow-datasets; its default if not given.")
+flags.DEFINE_string(
+    "cache_dir", "~/.cache/keras_tbptt",
+    "Directory where the real reviews are kept as ids, so that a later run begins sooner. '' keeps "
+    "none.",
+)  # fmt: skip
 flags.DEFINE_string(
     "export_dir", "saved_models/imdb", "Directory for a new version of the SavedModel. '' exports "
     "nothing."
@@ -135,29 +139,37 @@ def main() -> None:
     strategy, first = workers.strategy(), workers.index() == 0
     keras.utils.set_random_seed(FLAGS.seed)
     try:
-        corpus = data.load(FLAGS.data, FLAGS.data_dir, FLAGS.limit, FLAGS.validation, FLAGS.seed)
+        corpus = encoded.load(
+            FLAGS.data,
+            FLAGS.data_dir,
+            FLAGS.limit,
+            FLAGS.validation,
+            FLAGS.seed,
+            FLAGS.vocab_size,
+            FLAGS.cache_dir,
+        )
     except data.DataUnavailableError as error:
         raise runner.RunError(str(error)) from error
     directory = run_directory()
     if directory is None:
         return
 
-    vectorizer = text.make_vectorizer(corpus.train.texts, FLAGS.vocab_size)
     with workers.scope(strategy):
         model = build_model(1 if strategy is None else strategy.num_replicas_in_sync)
     together = FLAGS.window_loss in FINAL_LOSSES or model.backprop_windows == "all"
     packing = FLAGS.packing or ("aligned" if together else "packed")
     windows = {
         name: keras_tbptt.DocumentWindows(
-            text.encode(vectorizer, split.texts),
+            split.ids,
             split.labels,
+            offsets=split.offsets,
             window=FLAGS.window,
             lanes=FLAGS.lanes,
             packing=packing if name == "train" else "packed",
             shuffle=name == "train",
             seed=FLAGS.seed,
         )
-        for name, split in (("train", corpus.train), ("valid", corpus.valid), ("test", corpus.test))
+        for name, split in corpus.splits.items()
     }
     train, valid, test = windows.values()
 
@@ -207,7 +219,7 @@ def main() -> None:
     if FLAGS.export_dir:
         warmup = FLAGS["try"].value if importlib.util.find_spec("tensorflow_serving") else ()
         path = keras_tbptt.export_saved_model(
-            model, FLAGS.export_dir, vectorizer, keep=FLAGS.keep, warmup_texts=warmup
+            model, FLAGS.export_dir, corpus.vectorizer, keep=FLAGS.keep, warmup_texts=warmup
         )
         results["export_path"] = str(path)
         directory.write_results(results)
@@ -224,7 +236,7 @@ def main() -> None:
 def run_directory() -> runner.RunDirectory | None:
     """The directory of the run; None, with its results on the terminal, if it is complete."""
     directory = runner.RunDirectory(
-        "imdb", f"window{FLAGS.window}-{FLAGS.window_loss}", free=["backup_seconds"]
+        "imdb", f"window{FLAGS.window}-{FLAGS.window_loss}", free=["backup_seconds", "cache_dir"]
     )
     if directory.results and bool(directory.results["export_path"]) == bool(FLAGS.export_dir):
         print("This run is complete.")

@@ -1,0 +1,87 @@
+"""Reviews as ids, kept from run to run."""
+
+import os
+
+import numpy as np
+import pytest
+
+from experiments import data, encoded
+
+TEXTS = np.array(["a good film", "bad", "not good at all", "a bad film"], object)
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """A directory as tensorflow-datasets prepares it, and the calls that read its texts."""
+    folder = tmp_path / "tfds/imdb_reviews/plain_text/1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "train.tfrecord").write_bytes(b"records")
+    calls = []
+
+    def load(name, *arguments):
+        calls.append(arguments)
+        split = data.Split(TEXTS, np.array([1, 0, 0, 1], "int32"))
+        return data.Corpus("imdb_reviews", split, split.take([0]), split.take([1, 2]))
+
+    monkeypatch.setattr(data, "load", load)
+    return folder, calls
+
+
+def load(folder, cache_dir, name="auto", vocab_size=20):
+    return encoded.load(name, str(folder.parents[2]), None, 0.1, 0, vocab_size, str(cache_dir))
+
+
+def assert_same(one, other):
+    assert one.name == other.name
+    for split in encoded.SPLITS:
+        for name, array in vars(one.splits[split]).items():
+            np.testing.assert_array_equal(array, getattr(other.splits[split], name), strict=True)
+    np.testing.assert_array_equal(
+        one.vectorizer(["A <br/>good new film"]).to_tensor(),
+        other.vectorizer(["A <br/>good new film"]).to_tensor(),
+    )
+
+
+def test_texts_are_read_once(prepared, tmp_path):
+    folder, calls = prepared
+    first, second = (load(folder, tmp_path / "cache") for _ in range(2))
+    assert len(calls) == 1
+    assert_same(first, second)
+    assert first.splits["test"].offsets.tolist() == [0, 1, 5]
+
+
+def test_what_is_kept_belongs_to_files_and_arguments(prepared, tmp_path):
+    folder, calls = prepared
+    load(folder, tmp_path / "cache")
+    load(folder, tmp_path / "cache", vocab_size=5)
+    assert len(calls) == 2
+    os.utime(folder / "train.tfrecord", ns=(1, 1))
+    load(folder, tmp_path / "cache")
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", None])
+def test_a_damaged_file_is_made_again(prepared, tmp_path, content):
+    folder, calls = prepared
+    first = load(folder, tmp_path / "cache")
+    [kept] = (tmp_path / "cache").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    assert_same(first, load(folder, tmp_path / "cache"))
+    assert len(calls) == 2
+    assert kept.read_bytes() == whole
+
+
+def test_nothing_is_kept_on_request_or_of_generated_reviews(prepared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, calls = prepared
+    before = {*tmp_path.rglob("*")}
+    load(folder, "")
+    load(folder, tmp_path / "cache", name="generated")
+    assert {*tmp_path.rglob("*")} == before and len(calls) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(prepared, tmp_path):
+    folder, _ = prepared
+    (tmp_path / "cache").write_text("a file")
+    assert load(folder, tmp_path / "cache").splits["train"].labels.tolist() == [1, 0, 0, 1]
