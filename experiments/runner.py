@@ -113,6 +113,32 @@ def use_cores(large_products: bool = False) -> None:
     tf.config.threading.set_intra_op_parallelism_threads(within)
 
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+_CPUINFO = pathlib.Path("/proc/cpuinfo")
+_BFLOAT16 = {"amx_bf16", "avx512_bf16"}
+
+
+def choose_precision(asked: str) -> tuple[str, str]:
+    """What the operands of matrix products are rounded to, and why.
+
+    Args:
+        asked: One of `PRECISIONS`. `"auto"` is bfloat16 on processors that multiply it faster than
+            float32, as far as Linux tells.
+
+    Returns:
+        `"float32"` or `"bfloat16"`, and the reason in words.
+    """
+    lines = _CPUINFO.read_text("utf-8").splitlines() if _CPUINFO.exists() else []
+    flags_of = next((line.split() for line in lines if line.startswith("flags")), [])
+    there = sorted(_BFLOAT16.intersection(flags_of))
+    what = f"the processor has {', '.join(there)}" if there else "the processor has no bfloat16"
+    if asked == "auto":
+        return ("bfloat16" if there else "float32"), what
+    if asked == "bfloat16" and not there:
+        logging.warning("--precision=bfloat16 is slower than float32 here: %s.", what)
+    return asked, "as asked"
+
+
 def _print_resume_command() -> None:
     if RunDirectory.current is not None and RunDirectory.current.command:
         print(f"\nInterrupted. To resume: {RunDirectory.current.command}", file=sys.stderr)
