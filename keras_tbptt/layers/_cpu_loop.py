@@ -127,7 +127,7 @@ class CpuLoop(keras.layers.RNN):
             *rows: Each `(inputs, columns)`; None is left out.
         """
         dtype = self._state_dtype
-        # Through the policy, so that a weight has the digits with which Keras would compute.
+        # A variable comes as the policy computes with it: under mixed_bfloat16 it is rounded.
         return tf.concat([tf.cast(r, dtype) for r in rows if r is not None], 0)
 
     @property
