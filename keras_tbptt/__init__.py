@@ -17,7 +17,12 @@ from keras_tbptt.dynamic_evaluation import evaluate_dynamically
 from keras_tbptt.forecasting import forecast
 from keras_tbptt.generation import generate
 from keras_tbptt.model import TBPTTModel
-from keras_tbptt.serving import export_onnx, export_saved_model, write_models_config
+from keras_tbptt.serving import (
+    export_litert,
+    export_onnx,
+    export_saved_model,
+    write_models_config,
+)
 
 __all__ = [
     "DocumentStream",
@@ -30,6 +35,7 @@ __all__ = [
     "client",
     "diagnostics",
     "evaluate_dynamically",
+    "export_litert",
     "export_onnx",
     "export_saved_model",
     "forecast",

@@ -14,6 +14,7 @@ from keras_tbptt import _batches, _keras
 from keras_tbptt._inputs import ModelInputs
 from keras_tbptt._order import WindowOrder
 from keras_tbptt._replicas import Replicas
+from keras_tbptt._resizing import resized_copy
 from keras_tbptt._saving import SavesStates
 from keras_tbptt._steps import check_lanes, run_window
 from keras_tbptt._tensors import has_time_axis, without_padding
@@ -184,44 +185,7 @@ class PredictsDocuments(SavesStates):
         one.evaluate(test)
         ```
         """
-        form = ModelInputs(self)
-        shape = (lanes or self.lanes, window or self.window)
-        inputs = []
-        for name, given in form.tensors.items():
-            own = (
-                (*shape[:1], *given.shape[1:])
-                if name in form.static
-                else (*shape, *given.shape[2:])
-            )
-            inputs.append(keras.Input(batch_shape=own, dtype=given.dtype, name=given.name))
-
-        def of_new_window(layer: keras.layers.Layer) -> keras.layers.Layer:
-            config = layer.get_config()
-            # What repeats a static input once a step.
-            if (
-                form.static
-                and isinstance(layer, keras.layers.RepeatVector)
-                and layer.n == self.window
-            ):
-                config["n"] = shape[1]
-            return type(layer).from_config(config)
-
-        try:
-            copy = keras.models.clone_model(
-                self,
-                input_tensors=keras.tree.pack_sequence_as(self.input, inputs),
-                clone_function=of_new_window,
-            )
-        except Exception as error:
-            raise ValueError(
-                "A layer of the model is made for one batch shape alone, such as a Reshape: build "
-                f"the model anew, and give it the weights. Received: batch shape {shape}, {error}"
-            ) from error
-        states = {id(variable) for variable in state_variables(self)}
-        for old, new in zip(self.weights, copy.weights, strict=True):
-            if id(old) not in states:
-                new.assign(old)
-        return copy
+        return resized_copy(self, lanes or self.lanes, window or self.window)
 
     def predict_step(self, data: Any) -> Any:
         """Predicts one window of every lane.

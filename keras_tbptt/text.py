@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from keras_tbptt._files import write_whole
 
 _BATCH = 1024
 WORDLESS = "[UNK]"  # what a text without a word becomes
@@ -145,6 +150,41 @@ def decode(vectorizer: keras.layers.TextVectorization, ids: Any) -> str:
     return separator_of(vectorizer).join(vocabulary[i] for i in ids if i)
 
 
+def write_vocabulary(
+    vectorizer: keras.layers.TextVectorization, path: str | os.PathLike
+) -> pathlib.Path:
+    """Writes the vocabulary as JSON, for a program that runs a stream without TensorFlow.
+
+    The file is an object of three: `words`, a list of strings, in which the place of a word is its
+    id; `split`, such as `"whitespace"`; and `standardize`, the name of what is done to a text
+    before, or null: `"keras_tbptt>standardize"` is that of this module.
+
+    Args:
+        vectorizer: From `make_vectorizer`.
+        path: The file, which appears whole or not at all.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: If the file cannot be written; nothing is left behind then.
+
+    Example:
+
+    ```python
+    keras_tbptt.text.write_vocabulary(vectorizer, "vocabulary.json")
+    ```
+    """
+    config = vectorizer.get_config()
+    vocabulary = {
+        "standardize": _name_of(config["standardize"]),
+        "split": _name_of(config["split"]),
+        "words": [str(word) for word in vectorizer.get_vocabulary()],
+    }
+    content = json.dumps(vocabulary, ensure_ascii=False)
+    return write_whole(pathlib.Path(path), content.encode())
+
+
 def separator_of(vectorizer: keras.layers.TextVectorization) -> str:
     """What stands between two steps of a text.
 
@@ -152,6 +192,11 @@ def separator_of(vectorizer: keras.layers.TextVectorization) -> str:
         vectorizer: From `make_vectorizer`.
     """
     return "" if vectorizer.get_config()["split"] == "character" else " "
+
+
+def _name_of(setting: Callable | str | None) -> str | None:
+    """A setting of a `TextVectorization` as a name."""
+    return keras.saving.get_registered_name(setting) if callable(setting) else setting
 
 
 def _as_bytes(texts: Any) -> np.ndarray:
