@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from keras_tbptt import _keras
 from keras_tbptt._inputs import ModelInputs
 from keras_tbptt.state import state_variables
 
@@ -34,6 +35,9 @@ def resized_copy(
         for old, new in zip(model.weights, copy.weights, strict=True):
             if id(old) not in states:
                 new.assign(old)
+        for layer in _keras.flatten_layers(copy):
+            if isinstance(layer, keras.layers.Normalization):
+                layer.finalize_state()  # computes with constants that it makes of its weights
     except Exception as error:
         raise ValueError(
             "A layer of the model is made for one batch shape alone, such as a Reshape: build "

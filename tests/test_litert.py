@@ -15,10 +15,9 @@ import keras_tbptt
 from keras_tbptt.serving._stream import StreamState
 
 pytest.importorskip("ai_edge_litert")
-from ai_edge_litert.interpreter import Interpreter  # noqa: E402
+from ai_edge_litert.interpreter import Interpreter
 
-# Of the converter, which the runtime of the same version does not offer elsewhere.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the converter
 
 OUR_BFLOAT16 = functools.partial(keras_tbptt.layers.LSTM, product_dtype="bfloat16")
 
@@ -47,7 +46,7 @@ def stream(path, documents, static=None, seed=0):
     """Streams documents in pieces of random lengths; the lanes take the next ones together.
 
     Returns:
-        For each document, the replies to its pieces that had a step, as dicts of rows, with `steps`.
+        For each document, the replies to its pieces that had a step: dicts, with `steps`.
     """
     reply = runner(path)
     details = reply.get_input_details()
@@ -195,7 +194,7 @@ def test_other_layers(head, tmp_path):
     keras.utils.set_random_seed(0)
     tokens = keras.Input(batch_shape=(4, 5), dtype="int32")
     embedding = (
-        keras_tbptt.layers.SampledReversibleEmbedding(40, 6, num_sampled=8)
+        keras_tbptt.layers.SampledReversibleEmbedding(40, 6, samples=8)
         if head == "tied"
         else keras.layers.Embedding(40, 6, mask_zero=True)
     )
@@ -213,7 +212,7 @@ def test_other_layers(head, tmp_path):
     if head == "pooled":
         x = keras_tbptt.layers.ConcatPooling(stateful=True)(x)
     if head == "sampled":
-        outputs = keras_tbptt.layers.SampledSoftmax(40, num_sampled=8, name="out")(x)
+        outputs = keras_tbptt.layers.SampledSoftmax(40, samples=8, name="out")(x)
     elif head == "tied":
         outputs = embedding(x, reverse=True)
     else:
@@ -298,7 +297,7 @@ def convolution(tokens):
 
 def test_a_layer_that_looks_at_other_steps_is_refused(tmp_path):
     model = token_model(layers=convolution)
-    with pytest.raises(ValueError, match="nothing was written.*window=5.*Received: output"):
+    with pytest.raises(ValueError, match=r"nothing was written.*window=5.*Received: output"):
         keras_tbptt.export_litert(model, tmp_path / "new" / "m.tflite")
     assert not (tmp_path / "new").exists()
     keras_tbptt.export_litert(model, tmp_path / "m.tflite", window=5)
@@ -326,7 +325,7 @@ def test_a_layer_that_litert_cannot_run_is_refused(tmp_path):
     def layers(tokens):
         return Decoded()(recurrent(keras.layers.LSTM)(tokens))
 
-    with pytest.raises(ValueError, match="LiteRT cannot run a layer.*export_onnx.*Received"):
+    with pytest.raises(ValueError, match=r"LiteRT cannot run a layer.*export_onnx.*Received"):
         keras_tbptt.export_litert(token_model(layers=layers), tmp_path / "m.tflite")
     assert not [*tmp_path.iterdir()]
 
@@ -352,7 +351,7 @@ def test_a_window_of_the_size_of_a_static_input_is_refused(tmp_path):
     x = keras.layers.Concatenate()([steps, keras.layers.RepeatVector(5)(user)])
     x = keras.layers.GRU(4, stateful=True)(x)
     model = keras_tbptt.TBPTTModel([steps, user], keras.layers.Dense(1)(x))
-    with pytest.raises(ValueError, match="choose another window.*Received: window=3"):
+    with pytest.raises(ValueError, match=r"choose another window.*Received: window=3"):
         keras_tbptt.export_litert(model, tmp_path / "m.tflite", window=3)
     keras_tbptt.export_litert(model, tmp_path / "m.tflite", window=2)
 

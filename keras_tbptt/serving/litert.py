@@ -87,7 +87,7 @@ def export_litert(
             f"LiteRT needs its runtime: pip install 'keras-tbptt[litert]'. Received: {missing}"
         ) from missing
     for name, size in {"window": window, "lanes": lanes}.items():
-        if not isinstance(size, int) or size < 1:
+        if type(size) is not int or size < 1:
             raise ValueError(f"`{name}` must be an integer of at least 1. Received: {name}={size}")
     if quantization not in QUANTIZATIONS:
         raise ValueError(

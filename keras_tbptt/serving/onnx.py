@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from keras_tbptt._files import write_whole
 from keras_tbptt.serving._signatures import output_names, signatures
-from keras_tbptt.serving._stream import functional
+from keras_tbptt.serving._stream import StreamState, functional
 
 _OPSET = 18
 
@@ -67,13 +67,17 @@ def export_onnx(
     stream = signatures(model, None, last_step)["stream"]
     output_names(model, taken={"new_state", *(spec.name for spec in stream.input_signature)})
 
-    @tf.function(input_signature=stream.input_signature)
+    # The width of the state is in the file, for who makes the first one.
+    state = tf.TensorSpec([None, StreamState(model, last_step).width], tf.float32, name="state")
+    specs = [state if spec.name == "state" else spec for spec in stream.input_signature]
+
+    @tf.function(input_signature=specs)
     def step(*given):
         replies = dict(stream(*given))
         replies.pop("lengths", None)  # ONNX allows no output with the name of an input
         return {"new_state": replies.pop("state"), **replies}
 
-    converted, _ = tf2onnx.convert.from_function(step, stream.input_signature, opset=_OPSET)
+    converted, _ = tf2onnx.convert.from_function(step, specs, opset=_OPSET)
     _keep_constants(converted.graph, step.get_concrete_function().graph.captures)
     return write_whole(pathlib.Path(path), converted.SerializeToString())
 
