@@ -85,6 +85,11 @@ flags.DEFINE_string(
     "export_dir", "saved_models/imdb", "Directory for a new version of the SavedModel. '' exports "
     "nothing."
 )  # fmt: skip
+flags.DEFINE_string(
+    "stream_dir", "", "Directory for the stream of one word a call, for browsers and phones: "
+    "model.onnx, model.tflite, model_int8.tflite and vocabulary.json. '' writes none. Needs the "
+    "extras `onnx` and `litert`."
+)  # fmt: skip
 flags.DEFINE_integer("keep", None, "Versions of the SavedModel to keep. All if not given.", 1)
 flags.DEFINE_multi_string(
     "try", ["I love this film.", "I hate this film."],
@@ -164,6 +169,8 @@ def main() -> None:
     """Trains, keeps the best epoch, tests it once, exports it, and writes the run directory."""
     if FLAGS.export_dir:
         runner.check_writable(pathlib.Path(FLAGS.export_dir), "--export_dir")
+    if FLAGS.stream_dir:
+        check_streams(pathlib.Path(FLAGS.stream_dir))
     if FLAGS.workers > 1 and "TF_CONFIG" not in os.environ:
         directory = run_directory()
         if directory is not None:
@@ -246,6 +253,8 @@ def main() -> None:
         )
         results["export_path"] = str(path)
         directory.write_results(results)
+    if FLAGS.stream_dir:
+        write_streams(model, corpus.vectorizer, pathlib.Path(FLAGS.stream_dir))
     print_closing_table(results, directory)
     if FLAGS.export_dir:
         texts = FLAGS["try"].value
@@ -266,6 +275,39 @@ def run_directory() -> runner.RunDirectory | None:
         print_closing_table(directory.results, directory)
         return None
     return directory
+
+
+def check_streams(directory: pathlib.Path) -> None:
+    """Raises an error before the training, if the streams could not be written after it.
+
+    Args:
+        directory: Where they will be written.
+    """
+    runner.check_writable(directory, "--stream_dir")
+    missing = [p for p in ("tf2onnx", "ai_edge_litert") if importlib.util.find_spec(p) is None]
+    if missing:
+        raise runner.RunError(
+            "--stream_dir needs two extras: pip install 'keras-tbptt[onnx,litert]'. "
+            f"Received: no package {' and no package '.join(missing)}"
+        )
+
+
+def write_streams(
+    model: keras_tbptt.TBPTTModel,
+    vectorizer: keras.layers.TextVectorization,
+    directory: pathlib.Path,
+) -> None:
+    """Writes the stream of one word a call, for browsers and phones, and the vocabulary.
+
+    Args:
+        model: The trained model.
+        vectorizer: Its vocabulary.
+        directory: Where they are written.
+    """
+    keras_tbptt.export_onnx(model, directory / "model.onnx", window=1, lanes=1)
+    for name, quantization in {"model": None, "model_int8": "int8"}.items():
+        keras_tbptt.export_litert(model, directory / f"{name}.tflite", quantization=quantization)
+    keras_tbptt.text.write_vocabulary(vectorizer, directory / "vocabulary.json")
 
 
 def serve_in_a_fresh_process(path: str, texts: list[str]) -> list[float]:

@@ -171,6 +171,18 @@ def test_a_resized_model_gives_the_same_predictions(shape):
     np.testing.assert_array_equal(model.predict_documents(documents)[1], expected[1])
 
 
+def test_a_resized_model_keeps_what_its_layers_were_adapted_to_and_nested_models():
+    normalization = keras.layers.Normalization()
+    normalization.adapt(np.random.default_rng(0).normal(3, 2, (50, 2)))
+    inner = keras.Input(batch_shape=(2, 4, 2))
+    nested = keras.Model(inner, keras.layers.GRU(3, stateful=True)(inner))
+    steps = keras.Input(batch_shape=(2, 4, 2))
+    model = TBPTTModel(steps, nested(normalization(steps)))
+    documents = [np.random.default_rng(n).normal(3, 2, (n, 2)).astype("float32") for n in (1, 9)]
+    found = model.resized(lanes=1, window=3).predict_documents(documents)
+    np.testing.assert_allclose(found, model.predict_documents(documents), atol=1e-6)
+
+
 def test_a_resized_model_keeps_its_way_to_train():
     model = language_model(lanes=2, window_loss="linear_gain", backprop_windows=3, burn_in=1)
     other = model.resized(lanes=1)

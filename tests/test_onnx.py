@@ -10,6 +10,8 @@ from toys import random_documents, token_model, two_heads, whole_document
 import keras_tbptt
 from keras_tbptt.serving._stream import StreamState
 
+OUR_LSTM = functools.partial(keras_tbptt.layers.LSTM, product_dtype="bfloat16")
+
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("tf2onnx")
 
@@ -30,7 +32,7 @@ def recurrent(*layers):
     [
         [keras.layers.LSTM],
         [keras_tbptt.layers.GRU],
-        [functools.partial(keras_tbptt.layers.LSTM, product_dtype="bfloat16")],
+        [OUR_LSTM],
         [keras.layers.LSTM, keras.layers.GRU, keras.layers.LSTM],
     ],
     ids=["LSTM", "our GRU", "our LSTM, bfloat16", "three layers"],
@@ -209,3 +211,47 @@ def test_a_normalization_keeps_what_it_was_adapted_to(tmp_path):
         }
         (found,) = session.run(["value"], request)
         np.testing.assert_allclose(found[0], expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the converter
+@pytest.mark.parametrize(("window", "lanes"), [(1, 1), (4, 3)])
+@pytest.mark.parametrize(
+    "layers", [[keras.layers.GRU], [keras_tbptt.layers.LSTM, keras_tbptt.layers.GRU]]
+)
+def test_fixed_shapes(layers, window, lanes, tmp_path):
+    model = token_model(layers=recurrent(*layers))
+    path = keras_tbptt.export_onnx(model, tmp_path / "m.onnx", window, lanes)
+    session = onnxruntime.InferenceSession(path)
+    [document] = random_documents(1, longest=20)
+    width = StreamState(model).width
+    shapes = {given.name: given.shape for given in session.get_inputs()}
+    assert shapes == {
+        "ids": [lanes, window], "lengths": [lanes], "state": [lanes, width], "start": [lanes]
+    }  # fmt: skip
+    state, start = np.full((lanes, width), 9, "float32"), np.ones(lanes, bool)
+    for begin in range(0, len(document), window):
+        piece = document[begin : begin + window]
+        request = {
+            "ids": np.tile(np.pad(piece, (0, window - len(piece)), constant_values=7), (lanes, 1)),
+            "lengths": np.full(lanes, len(piece), "int32"),
+            "state": state,
+            "start": start,
+        }
+        found, state = session.run(["probability", "new_state"], request)
+        start = np.zeros(lanes, bool)
+    for row in found:
+        np.testing.assert_allclose(row, model.predict_documents([document])[0], atol=1e-5)
+
+
+def test_the_width_of_the_state_is_in_the_file(tmp_path):
+    model = token_model()
+    session = onnxruntime.InferenceSession(keras_tbptt.export_onnx(model, tmp_path / "m.onnx"))
+    [state] = [given for given in session.get_inputs() if given.name == "state"]
+    assert state.shape[1] == StreamState(model).width
+
+
+@pytest.mark.parametrize("given", [{"window": 1}, {"lanes": 1}, {"window": 0, "lanes": 1}])
+def test_half_of_a_fixed_shape_is_refused(given, tmp_path):
+    with pytest.raises(ValueError, match=r"`window`.*Received: window=.*"):
+        keras_tbptt.export_onnx(token_model(), tmp_path / "m.onnx", **given)
+    assert not [*tmp_path.iterdir()]

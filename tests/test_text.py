@@ -1,3 +1,4 @@
+import json
 import tracemalloc
 
 import keras
@@ -8,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import ANY_TEXT, STRANGE_TEXTS
 
-from keras_tbptt.text import decode, encode, make_vectorizer, standardize
+from keras_tbptt.text import (
+    decode,
+    encode,
+    make_vectorizer,
+    standardize,
+    write_vocabulary,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +42,30 @@ def test_words_become_ids_and_every_text_has_one():
     ids = encode(vectorizer, ["Good film!", "bad", "", "good " * 3])
     assert ids.dtype == tf.int32
     assert ids.to_list() == [[3, 2], [1], [1], [3, 3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "standardize", "split"),
+    [
+        ({}, "keras_tbptt>standardize", "whitespace"),
+        ({"standardize": None, "split": "character"}, None, "character"),
+    ],
+)
+def test_a_vocabulary_is_written_with_how_texts_become_its_words(
+    settings, standardize, split, tmp_path
+):
+    texts = ["Caf\u00e9 \U0001f600\nno", 'no "\u2028']
+    vectorizer = make_vectorizer(texts, **settings)
+    path = write_vocabulary(vectorizer, tmp_path / "new" / "vocabulary.json")
+    written = json.loads(path.read_text(encoding="utf-8"))
+    words = written.pop("words")
+    assert written == {"standardize": standardize, "split": split}
+    assert words == vectorizer.get_vocabulary()
+    if split == "character":
+        assert [words.index(c) for c in texts[0]] == encode(vectorizer, texts[:1])[
+            0
+        ].numpy().tolist()
+    assert [p.name for p in path.parent.iterdir()] == ["vocabulary.json"]
 
 
 def test_many_texts_are_encoded_in_their_order():

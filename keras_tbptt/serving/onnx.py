@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_tbptt._files import write_whole
+from keras_tbptt.serving._agreement import check_converted
 from keras_tbptt.serving._signatures import output_names, signatures
+from keras_tbptt.serving._step import FixedStep
 from keras_tbptt.serving._stream import StreamState, functional
 
 _OPSET = 18
 
 
 def export_onnx(
-    model: keras.Model, path: str | os.PathLike, *, last_step: bool = False
+    model: keras.Model,
+    path: str | os.PathLike,
+    window: int | None = None,
+    lanes: int | None = None,
+    *,
+    last_step: bool = False,
 ) -> pathlib.Path:
     """Exports the next steps of streams, for ONNX Runtime.
 
@@ -31,11 +38,19 @@ def export_onnx(
     have the name of an input, so `lengths` is not returned either. An output with a time axis is
     `[batch, time, ...]`: every step of the call, zero at padding. Any other is `[batch, ...]`, at
     the last step so far. Requests are not checked. ONNX has no vocabulary:
-    `keras_tbptt.text.encode` gives the ids.
+    `keras_tbptt.text.encode` gives the ids, and `keras_tbptt.text.write_vocabulary` writes it for
+    programs without TensorFlow.
+
+    Such a call runs whole windows of the model, in loops, even for one step. With `window` and
+    `lanes`, the file takes so many steps and streams alone, in float32, and has no loops: a word at
+    a time takes a fraction of the time. The converted model is then run on random streams before it
+    is written, and must give the model's outputs.
 
     Args:
         model: A functional model with stateful layers and a fixed window, such as a `TBPTTModel`.
         path: The file, which appears whole or not at all.
+        window: Optional int >= 1. Steps of a call. The file grows with it. Defaults to None: any.
+        lanes: Optional int >= 1. Streams of a call. Defaults to None: any.
         last_step: bool. Whether outputs with a time axis are returned at the last step so far
             alone, `[batch, ...]`. Defaults to False.
 
@@ -43,9 +58,10 @@ def export_onnx(
         The path.
 
     Raises:
-        ImportError: If tf2onnx is not installed.
-        ValueError: If the model has no stateful layer, two outputs have one name, or an output has
-            the name of an input or of `new_state`.
+        ImportError: If the extra `onnx` is not installed.
+        ValueError: If one of `window` and `lanes` is given alone or is invalid, the model has no
+            stateful layer, two outputs have one name, an output has the name of an input or of
+            `new_state`, or a converted model of fixed shapes gives other outputs than the model.
         OSError: If the file cannot be written; nothing is left behind then.
 
     Example:
@@ -58,28 +74,59 @@ def export_onnx(
     ```
     """
     try:
-        import tf2onnx
+        import onnxruntime  # noqa: F401
+        import tf2onnx  # noqa: F401
     except ImportError as missing:
         raise ImportError(
             f"ONNX needs a converter: pip install 'keras-tbptt[onnx]'. Received: {missing}"
         ) from missing
+    if (window is None) != (lanes is None):
+        raise ValueError(
+            "`window` and `lanes` must be given together, for fixed shapes, or not at all. "
+            f"Received: window={window}, lanes={lanes}"
+        )
     model = functional(model)
-    stream = signatures(model, None, last_step)["stream"]
-    output_names(model, taken={"new_state", *(spec.name for spec in stream.input_signature)})
+    if window is None:
+        return write_whole(pathlib.Path(path), _converted(_any_shapes(model, last_step)))
+    step = FixedStep(model, window, lanes, last_step)
+    content = _converted(step.function)
+    check_converted(model, step, _runner(content))
+    return write_whole(pathlib.Path(path), content)
 
+
+def _any_shapes(model: keras.Model, last_step: bool) -> tf.types.experimental.PolymorphicFunction:
+    """The model's `stream` signature, with names that ONNX allows."""
+    stream = signatures(model, None, last_step)["stream"]
+    given = stream.input_signature
+    output_names(model, taken={"new_state", *(spec.name for spec in given)})
     # The width of the state is in the file, for who makes the first one.
     state = tf.TensorSpec([None, StreamState(model, last_step).width], tf.float32, name="state")
-    specs = [state if spec.name == "state" else spec for spec in stream.input_signature]
 
-    @tf.function(input_signature=specs)
+    @tf.function(input_signature=[state if spec.name == "state" else spec for spec in given])
     def step(*given):
         replies = dict(stream(*given))
         replies.pop("lengths", None)  # ONNX allows no output with the name of an input
         return {"new_state": replies.pop("state"), **replies}
 
-    converted, _ = tf2onnx.convert.from_function(step, specs, opset=_OPSET)
+    return step
+
+
+def _converted(step: tf.types.experimental.PolymorphicFunction) -> bytes:
+    """The content of the file."""
+    import tf2onnx
+
+    converted, _ = tf2onnx.convert.from_function(step, step.input_signature, opset=_OPSET)
     _keep_constants(converted.graph, step.get_concrete_function().graph.captures)
-    return write_whole(pathlib.Path(path), converted.SerializeToString())
+    return converted.SerializeToString()
+
+
+def _runner(content: bytes) -> Callable:
+    """A function that runs the file, from arrays by name to a dict of arrays."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content)
+    names = [output.name for output in session.get_outputs()]
+    return lambda **given: dict(zip(names, session.run(names, given), strict=True))
 
 
 def _keep_constants(graph: Any, captures: Sequence[tuple[Any, Any]]) -> None:
