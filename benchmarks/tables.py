@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from experiments import figures, runner
 
@@ -108,7 +109,9 @@ def report(found: Measurements) -> None:
     """
     parts = found.points
     turns = f"medians of {1 + max(record['turn'] for record in found.records)}"
-    runner.print_table("Processor", {"name": runner.processor(), "of it": _abilities()})
+    runner.print_table(
+        "Measured on", {"processor": f"{runner.processor()} ({_abilities()})", "GPU": _gpu()}
+    )
     for part, cell in LAYERS.items():
         title = f"{cell} alone, units x window x lanes: ms, {turns}"
         if parts(part) and part == "lstm":
@@ -224,6 +227,12 @@ def _draw_dots(
         # The legend is above the axes, so that it hides no dot.
         axes.legend(ncols=len(values), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0,
                     handletextpad=0.1, columnspacing=1.2)  # fmt: skip
+
+
+def _gpu() -> str:
+    devices = tf.config.list_physical_devices("GPU")
+    names = [tf.config.experimental.get_device_details(gpu)["device_name"] for gpu in devices]
+    return ", ".join(names) or "none"
 
 
 def _abilities() -> str:
