@@ -9,15 +9,22 @@ of the ratios of single turns. The parts (`--parts`) are:
 - `lstm` and `gru`: a forward and backward pass of the layer alone, at each of --points. The table
   of the LSTM also shows the rate of its matrix products, as a share of the highest rate that the
   same turn measured.
-- `reviews`: real words per second in an epoch over real reviews, with each of --lanes.
+- `reviews`: real words per second in an epoch over real reviews, with each of --lanes. Building and
+  tracing come before, and are shown apart.
+- `final_only`: the same with the loss at the last window of a review. PyTorch runs the windows
+  before it under `torch.no_grad`.
+- `evaluation`: seconds of the accuracy on 25,000 test reviews, with 128 units, after tracing.
 - `language_model`: words per second of training on running text with a full softmax. The recipe is
   that of PyTorch's word_language_model: two layers of 200 units, 10,000 words, 20 lanes and windows
   of 35 steps.
-- `window_losses`: an epoch with the loss at the last window, compared with one at every window.
 - `memory`: peak memory of training on one document of a million words, and on short documents.
+- `start_up`: seconds from the command of the main job, `experiments.imdb`, to its first windows:
+  the first time, and with the reviews that the first time has kept.
 - `accuracy`: seconds of the whole command, from raw strings to a test accuracy. This compares the
-  main job, `experiments.imdb`, with PyTorch's recipe, which stops after the epoch that reaches
-  --target.
+  main job with PyTorch's recipe, which stops after the epoch that reaches --target.
+
+Where the processor multiplies matrices of bfloat16, `lstm`, `gru`, `reviews` and `final_only` are
+also measured with `product_dtype="bfloat16"`, and with PyTorch under `torch.autocast`.
 
 --resume continues a benchmark that was stopped. It can also add turns, with more --repeats.
 
@@ -30,23 +37,36 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from absl import flags
 
-from experiments import data, figures, runner
+from benchmarks.tables import (
+    LAYERS,
+    OURS,
+    OURS_BFLOAT16,
+    STOCK,
+    THREADS,
+    TORCH,
+    TORCH_BFLOAT16,
+    Measurements,
+    draw,
+    flops,
+    report,
+)
+from experiments import data, runner
 from keras_tbptt import text
 
 ROOT = pathlib.Path(__file__).parent.parent
-LAYERS = {"lstm": "LSTM", "gru": "GRU"}
-PARTS = (*LAYERS, "reviews", "language_model", "window_losses", "memory", "accuracy")
+EPOCHS = {"reviews": "per_window", "final_only": "final_only"}
+PARTS = (*LAYERS, *EPOCHS, "evaluation", "language_model", "memory", "start_up", "accuracy")
 
 flags.DEFINE_list("parts", list(PARTS), "What to measure.")
 flags.register_validator(
@@ -60,12 +80,16 @@ flags.DEFINE_list(
     ],
     "Sizes for `lstm` and `gru`, as units x window x lanes.",
 )
-flags.DEFINE_list("lanes", ["32", "64", "128"], "Documents in a batch, for `reviews`.")
+flags.DEFINE_list("lanes", ["32", "64", "128"], "Documents in a batch, for epochs and evaluations.")
 flags.DEFINE_integer("units", 256, "Units of the LSTM, in all parts except `lstm` and `gru`.", 1)
 flags.DEFINE_integer("embedding", 100, "Size of the embedding.", 1)
 flags.DEFINE_integer("vocab_size", 10_000, "Words of the embedding.", 3)
 flags.DEFINE_integer("window", 30, "Steps in a window (K), except for --points.", 1)
-flags.DEFINE_integer("limit", 4_000, "Reviews in an epoch of `reviews`.", 1)
+flags.DEFINE_integer("limit", 4_000, "Reviews in an epoch.", 1)
+flags.DEFINE_bool(
+    "bfloat16", None,
+    "Whether to measure products in bfloat16. If not given, where the processor has them.",
+)  # fmt: skip
 flags.DEFINE_float("target", 0.885, "Test accuracy at which PyTorch's recipe stops.", 0, 1)
 flags.DEFINE_integer("epochs", 5, "The most epochs that PyTorch's recipe trains.", 1)
 flags.DEFINE_integer("repeats", 3, "How often everything is measured.", 1)
@@ -77,14 +101,6 @@ flags.DEFINE_string(
 flags.adopt_module_key_flags(runner)
 FLAGS = flags.FLAGS
 
-OURS, STOCK, TORCH = "keras_tbptt", "keras", "torch"
-THREADS = "keras, our settings"
-_COLOURS = {
-    OURS: figures.MAIN,
-    STOCK: figures.OTHER,
-    THREADS: "#bdbdbd",
-    TORCH: figures.THIRD,
-}
 Task = dict[str, Any]
 
 
@@ -99,6 +115,9 @@ def tasks(files: dict[str, str]) -> Iterator[Task]:
         `point` (the name in tables), sizes and files.
     """
     torch = (TORCH,) if FLAGS.torch_python else ()
+    half: tuple[str, ...] = ()
+    if FLAGS.bfloat16 or (FLAGS.bfloat16 is None and runner.bfloat16_of_processor()):
+        half = (OURS_BFLOAT16, TORCH_BFLOAT16) if torch else (OURS_BFLOAT16,)
     base = {
         **{name: getattr(FLAGS, name) for name in ("units", "embedding", "vocab_size", "window")},
         **{"lanes": 64, "seed": FLAGS.seed, "window_loss": "per_window"},
@@ -109,15 +128,22 @@ def tasks(files: dict[str, str]) -> Iterator[Task]:
         for point in FLAGS.points:
             units, window, lanes = map(int, point.split("x"))
             sizes = {"units": units, "window": window, "lanes": lanes}
-            calls = int(np.clip(2e11 / _flops({**base, **sizes}), 10, 300))  # about a second
-            for way in (OURS, STOCK, THREADS, *torch):
+            calls = int(np.clip(2e11 / flops({**base, **sizes}), 10, 300))  # about a second
+            for way in (OURS, STOCK, THREADS, *torch, *half):
                 run = {"part": part, "cell": LAYERS[part], "way": way, "point": point}
                 yield {**base, **sizes, **run, "calls": calls}
-    if "reviews" in FLAGS.parts:
+    for part in [part for part in EPOCHS if part in FLAGS.parts]:
+        stock = (STOCK,) if part == "reviews" else ()
         for lanes in FLAGS.lanes:
-            sizes = {"lanes": int(lanes), "ids": files["ids"]}
-            for way in (OURS, STOCK, *torch):
-                yield {**base, **sizes, "part": "reviews", "way": way, "point": f"{lanes} lanes"}
+            epoch = {"lanes": int(lanes), "ids": files["ids"], "window_loss": EPOCHS[part]}
+            for way in (OURS, *stock, *torch, *half):
+                yield {**base, **epoch, "part": part, "way": way, "point": f"{lanes} lanes"}
+    if "evaluation" in FLAGS.parts:
+        sizes = {"units": 128, "embedding": 128, "ids": files["test_ids"]}
+        for lanes in FLAGS.lanes:
+            run = {"part": "evaluation", "point": f"{lanes} lanes", "lanes": int(lanes)}
+            for way in (OURS, *torch):
+                yield {**base, **sizes, **run, "way": way}
     if "language_model" in FLAGS.parts:
         sizes = {"units": 200, "layers": 2, "vocab_size": 10_000, "window": 35, "lanes": 20}
         for way in (OURS, STOCK, *torch):
@@ -128,14 +154,12 @@ def tasks(files: dict[str, str]) -> Iterator[Task]:
                 "words": files["words"],
             }
             yield {**base, **sizes, **run}
-    if "window_losses" in FLAGS.parts:
-        for loss in ("per_window", "final_only"):
-            epoch = {"part": "window_losses", "way": OURS, "point": loss, "ids": files["all_ids"]}
-            yield {**base, **epoch, "window_loss": loss}
     if "memory" in FLAGS.parts:
         for steps in (1_000, 1_000_000):
             sizes = {"units": 64, "embedding": 64, "lanes": 4, "window": 100, "steps": steps}
             yield {**base, **sizes, "part": "memory", "way": OURS, "point": f"{steps:,} steps"}
+    if "start_up" in FLAGS.parts:
+        yield {**base, "part": "start_up", "way": OURS, "point": "main job"}
     if "accuracy" in FLAGS.parts:
         yield {**base, "part": "accuracy", "way": OURS, "point": "main job"}
         if torch:
@@ -151,12 +175,6 @@ def tasks(files: dict[str, str]) -> Iterator[Task]:
             }
 
 
-def _flops(task: Task) -> int:
-    """Operations of a window: each weight is used once forwards and twice backwards."""
-    weights = 4 * task["units"] * (task["embedding"] + task["units"])
-    return 3 * 2 * weights * task["window"] * task["lanes"]
-
-
 def measure(task: Task) -> dict[str, Any]:
     """Runs a task in a separate process.
 
@@ -170,14 +188,16 @@ def measure(task: Task) -> dict[str, Any]:
         experiments.runner.RunError: If the process fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        if task["way"] == TORCH:
+        if task["part"] == "start_up":
+            cache = f"--cache_dir={folder}/cache"
+            return {
+                name: _seconds_to_first_window([*_main_job(task, f"{folder}/{name}"), cache])
+                for name in ("first", "cached")
+            }
+        if task["way"] in (TORCH, TORCH_BFLOAT16):
             command = [FLAGS.torch_python, str(ROOT / "benchmarks/with_torch.py"), json.dumps(task)]
         elif task["part"] == "accuracy":
-            command = [sys.executable, "-m", "experiments.imdb", f"--window={task['window']}"]
-            command += ["--data=imdb_reviews", f"--seed={task['seed']}", "--export_dir="]
-            command += ["--cache_dir="]  # from raw strings, as the other recipe
-            command += [f"--run_dir={folder}", f"--data_dir={FLAGS.data_dir}"]
-            command = command if FLAGS.data_dir else command[:-1]
+            command = [*_main_job(task, folder), "--cache_dir="]  # from raw strings, as the other
         else:
             command = [sys.executable, "-m", "benchmarks.with_keras", json.dumps(task)]
         env = dict(os.environ)
@@ -202,6 +222,30 @@ def measure(task: Task) -> dict[str, Any]:
     return {**found, "seconds": seconds}
 
 
+def _main_job(task: Task, folder: str) -> list[str]:
+    command = [sys.executable, "-m", "experiments.imdb", f"--window={task['window']}"]
+    command += ["--data=imdb_reviews", f"--seed={task['seed']}", "--export_dir="]
+    command += [f"--run_dir={folder}"]
+    return command + ([f"--data_dir={FLAGS.data_dir}"] if FLAGS.data_dir else [])
+
+
+def _seconds_to_first_window(command: list[str]) -> float:
+    """Seconds until the progress bar counts the first windows; the command is stopped there."""
+    began, printed = time.perf_counter(), b""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as process:  # fmt: skip
+        while part := os.read(process.stdout.fileno(), 4096):
+            printed += part
+            if re.search(rb"[1-9]\d*/\d+", printed):
+                seconds = time.perf_counter() - began
+                process.kill()
+                return seconds
+        error = process.stderr.read().decode("utf-8", "replace")
+    raise runner.RunError(f"The main job did not begin. Received: {error.strip()[-500:]}")
+
+
 def prepare(folder: pathlib.Path) -> dict[str, str]:
     """Writes the reviews to files for the processes that measure.
 
@@ -209,28 +253,30 @@ def prepare(folder: pathlib.Path) -> dict[str, str]:
         folder: The directory of the files.
 
     Returns:
-        The paths of `texts`, `ids` (of --limit reviews), `all_ids` and `words` (random words).
+        The paths of `texts`, `ids` (of --limit reviews), `test_ids` and `words` (random words).
     """
     # Speed depends on how frequent the words are, and not on their order.
     ranks = np.random.default_rng(FLAGS.seed).zipf(1.2, 400_000)
     np.save(folder / "words.npy", np.minimum(ranks, 9_999).astype("int32"))
     words = {"words": str(folder / "words.npy")}
-    if not {"reviews", "window_losses", "accuracy"} & set(FLAGS.parts):
-        return dict.fromkeys(("texts", "ids", "all_ids"), "") | words
+    if not {*EPOCHS, "evaluation", "accuracy"} & set(FLAGS.parts):
+        return dict.fromkeys(("texts", "ids", "test_ids"), "") | words
     corpus = data.load("imdb_reviews", FLAGS.data_dir, None, 1e-9, FLAGS.seed)
     vectorizer = text.make_vectorizer(corpus.train.texts, FLAGS.vocab_size)
-    documents = text.encode(vectorizer, corpus.train.texts)
     every = np.arange(len(corpus.train.labels))
     some = np.random.default_rng(FLAGS.seed).permutation(every)[: FLAGS.limit]
     files = {"texts": folder / "texts.json"}
-    for name, rows in (("ids", some), ("all_ids", every)):
+    for name, split, rows in (
+        ("ids", corpus.train, some),
+        ("test_ids", corpus.test, np.arange(len(corpus.test.labels))),
+    ):
         files[name] = folder / f"{name}.npz"
-        chosen = tf.gather(documents, rows)
+        chosen = text.encode(vectorizer, [split.texts[row] for row in rows])
         np.savez(
             files[name],
             ids=chosen.flat_values,
             offsets=chosen.row_splits,
-            labels=corpus.train.labels[rows],
+            labels=split.labels[rows],
         )
     splits = {
         name: ([t.decode("utf-8", "replace") for t in split.texts], split.labels.tolist())
@@ -238,179 +284,6 @@ def prepare(folder: pathlib.Path) -> dict[str, str]:
     }
     files["texts"].write_text(json.dumps(splits), encoding="utf-8")
     return {name: str(path) for name, path in files.items()} | words
-
-
-class Measurements:
-    """All measurements, by part, point and way, with one value per turn.
-
-    Args:
-        records: Tasks with their figures, in the order in which they were measured.
-    """
-
-    def __init__(self, records: Sequence[dict[str, Any]]):
-        self.records = records
-
-    def values(self, part: str, point: str, way: str, name: str) -> np.ndarray:
-        """The values of a figure: float64 `[turns]`, empty if there are none."""
-        key = (part, point, way)
-        found = [r[name] for r in self.records if (r["part"], r["point"], r["way"]) == key]
-        return np.array(found, "float64")
-
-    def points(self, part: str) -> list[str]:
-        """The points of a part, in the order of measurement."""
-        return list(dict.fromkeys(r["point"] for r in self.records if r["part"] == part))
-
-    def ways(self, part: str) -> list[str]:
-        """The ways of a part, in the order of measurement."""
-        return list(dict.fromkeys(r["way"] for r in self.records if r["part"] == part))
-
-
-def report_grid(found: Measurements, part: str, name: str, title: str, ours_first: bool) -> None:
-    """Prints a figure of each way at each point, and its ratio to the figure of keras_tbptt.
-
-    Args:
-        found: The measurements.
-        part: str. The part.
-        name: str. The figure.
-        title: str. The headline.
-        ours_first: bool. Whether the figure of keras_tbptt is divided by the others. That is right
-            if more is better.
-    """
-    ways, rows = found.ways(part), []
-    others = [way for way in ways if way != OURS]
-    for point in found.points(part):
-        values = {way: found.values(part, point, way, name) for way in ways}
-        peaks = [f"{np.median(found.values(part, point, way, 'peak_mb')):,.0f}" for way in ways]
-        cells = [f"{np.median(values[way]):,.{0 if ours_first else 1}f}" for way in ways]
-        if part == "lstm":
-            cells.append(f"{np.median(peak_share(found, point, OURS)):.2f}")
-        for way in others:
-            ratio = values[OURS] / values[way] if ours_first else values[way] / values[OURS]
-            cells.append(f"{np.median(ratio):.2f}")
-        rows.append((point, *cells, " / ".join(peaks)))
-    columns = ["", *ways, *(["of peak"] if part == "lstm" else [])]
-    columns += [f"{OURS} / {way}" if ours_first else f"{way} / {OURS}" for way in others]
-    runner.print_rows(title, [*columns, "peak MB"], rows)
-
-
-def peak_share(found: Measurements, point: str, way: str) -> np.ndarray:
-    """The rate of the layer's matrix products, as a share of the highest rate, for each turn.
-
-    Args:
-        found: The measurements.
-        point: A point of `lstm`.
-        way: The way.
-    """
-    task = next(r for r in found.records if r["part"] == "lstm" and r["point"] == point)
-    rate = _flops(task) / (1e6 * found.values("lstm", point, way, "ms"))
-    return rate / found.values("peak", "peak", STOCK, "gflops")
-
-
-def report(found: Measurements) -> None:
-    """Prints the tables of all parts.
-
-    Args:
-        found: The measurements.
-    """
-    parts = found.points
-    turns = f"medians of {FLAGS.repeats}"
-    for part, cell in LAYERS.items():
-        title = f"{cell} alone, units x window x lanes: ms, {turns}"
-        if parts(part) and part == "lstm":
-            peak = np.median(found.values("peak", "peak", STOCK, "gflops"))
-            title += f"; peak {peak:.0f} GFLOP/s"
-        if parts(part):
-            report_grid(found, part, "ms", title, ours_first=False)
-    if parts("reviews"):
-        title = (
-            f"An epoch over {FLAGS.limit:,} reviews, {FLAGS.units} units, window {FLAGS.window}: "
-            f"real words a second, {turns}"
-        )
-        report_grid(found, "reviews", "tokens_per_second", title, ours_first=True)
-        best = {
-            way: np.max(
-                [found.values("reviews", p, way, "tokens_per_second") for p in parts("reviews")], 0
-            )
-            for way in found.ways("reviews")
-        }
-        rows = {
-            f"{OURS} / {way}": f"{np.median(best[OURS] / best[way]):.2f}"
-            for way in best
-            if way != OURS
-        }
-        runner.print_table("Each with its best number of lanes", rows)
-    if parts("language_model"):
-        title = f"A language model with a full softmax: words a second, {turns}"
-        report_grid(found, "language_model", "tokens_per_second", title, ours_first=True)
-    if parts("window_losses"):
-        rates = [
-            found.values("window_losses", loss, OURS, "tokens_per_second")
-            for loss in ("per_window", "final_only")
-        ]
-        rows = {"final_only / per_window": f"{np.median(rates[0] / rates[1]):.3f}"}
-        runner.print_table(f"Seconds of an epoch over all reviews, {turns}", rows)
-    if parts("memory"):
-        rows = {
-            point: f"{np.median(found.values('memory', point, OURS, 'peak_mb')):,.0f} MB"
-            for point in parts("memory")
-        }
-        runner.print_table(f"Peak memory by length of the documents, {turns}", rows)
-    if parts("accuracy"):
-        rows = [
-            (way, *(f"{np.median(found.values('accuracy', 'main job', way, name)):.{digits}f}"
-                    for name, digits in (("seconds", 0), ("accuracy", 4))))
-            for way in found.ways("accuracy")
-        ]  # fmt: skip
-        if TORCH in found.ways("accuracy"):
-            seconds = [found.values("accuracy", "main job", w, "seconds") for w in (OURS, TORCH)]
-            rows.append((f"{OURS} / {TORCH}", f"{np.median(seconds[0] / seconds[1]):.2f}", ""))
-        title = f"From raw strings to a test accuracy, {turns}"
-        runner.print_rows(title, ("", "seconds", "test accuracy"), rows)
-
-
-def draw(found: Measurements, directory: runner.RunDirectory) -> None:
-    """Draws the parts that compare ways.
-
-    Args:
-        found: The measurements.
-        directory: The run's directory.
-    """
-    if points := found.points("lstm"):
-        shares = {
-            way: [np.median(peak_share(found, point, way)) for point in points]
-            for way in found.ways("lstm")
-        }
-        label = "share of the matrix-product peak, by units x window x lanes"
-        _draw_dots(directory / "lstm.png", points, shares, label)
-    if points := found.points("reviews"):
-        rates = {
-            way: [
-                np.median(found.values("reviews", point, way, "tokens_per_second"))
-                for point in points
-            ]
-            for way in found.ways("reviews")
-        }
-        _draw_dots(directory / "reviews.png", points, rates, "real words a second")
-
-
-def _draw_dots(
-    path: pathlib.Path, points: list[str], values: dict[str, list[float]], label: str
-) -> None:
-    """Draws a row for each point, with a dot for each way."""
-    rows, largest = np.arange(len(points)), np.max(list(values.values()), axis=0)
-    with figures.figure(path, height=0.8 + 0.26 * len(points)) as axes:
-        axes.hlines(rows, 0, largest, color=figures.FAINT, linewidth=1.5)
-        for way, found in values.items():
-            axes.plot(found, rows, "o", color=_COLOURS[way], markersize=8, label=way)
-        axes.set_yticks(rows, points, color=figures.INK)
-        axes.set(xlabel=label, xlim=(0, 1.04 * largest.max()), ylim=(len(rows) - 0.5, -0.5))
-        axes.xaxis.set_major_formatter("{x:,g}")
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.grid(visible=False)
-        # The legend is above the axes, so that it hides no dot.
-        axes.legend(ncols=len(values), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0,
-                    handletextpad=0.1, columnspacing=1.2)  # fmt: skip
 
 
 def main() -> None:

@@ -32,8 +32,7 @@ def peak(task: dict[str, Any]) -> dict[str, float]:
 def layer_alone(task: dict[str, Any]) -> dict[str, float]:
     """Milliseconds of a forward and backward pass of the layer alone, over one window."""
     lanes, window, size = task["lanes"], task["window"], task["embedding"]
-    module = keras_tbptt.layers if task["way"] == "keras_tbptt" else keras.layers
-    layer = getattr(module, task["cell"])(task["units"], stateful=True)
+    layer = _recurrent(task, task["cell"])
     x = tf.random.normal((lanes, window, size))
     lengths = np.full(lanes, window)
     lengths[0] = window // 2  # as in training, where few rows are padded, but any row may be
@@ -61,16 +60,33 @@ def _times(function: Callable[[], Any], calls: int) -> list[float]:
 
 
 def reviews(task: dict[str, Any]) -> dict[str, float]:
-    """Real tokens per second in an epoch over documents of ids."""
+    """Real tokens per second in an epoch over documents of ids, after a first short one."""
     data = np.load(task["ids"])
     ids, offsets, labels = (data[name] for name in ("ids", "offsets", "labels"))
     train = _windows(task, ids, offsets, labels)
     few = 4 * task["lanes"]
     fit = _build(task)
-    fit(_windows(task, ids, offsets[: few + 1], labels[:few]))  # traces the graphs
     began = time.perf_counter()
+    fit(_windows(task, ids, offsets[: few + 1], labels[:few]))  # traces the graphs
+    traced = time.perf_counter()
     fit(train)
-    return {"tokens_per_second": train.num_steps / (time.perf_counter() - began)}
+    seconds = time.perf_counter() - traced
+    return {"tokens_per_second": train.num_steps / seconds, "first_seconds": traced - began}
+
+
+def evaluation(task: dict[str, Any]) -> dict[str, float]:
+    """Seconds of the accuracy on all documents, after that on a few."""
+    data = np.load(task["ids"])
+    ids, offsets, labels = (data[name] for name in ("ids", "offsets", "labels"))
+    test = keras_tbptt.DocumentWindows(
+        ids, labels, offsets=offsets, window=task["window"], lanes=task["lanes"]
+    )
+    few = 4 * task["lanes"]
+    model = _model(task)
+    model.evaluate(_windows(task, ids, offsets[: few + 1], labels[:few]), verbose=0)
+    began = time.perf_counter()
+    model.evaluate(test, verbose=0)
+    return {"evaluation_seconds": time.perf_counter() - began}
 
 
 def language_model(task: dict[str, Any]) -> dict[str, float]:
@@ -130,17 +146,25 @@ def _windows(task: dict[str, Any], ids: Any, offsets: Any, labels: Any) -> Any:
     )
 
 
-def _build(task: dict[str, Any]) -> Callable[[Any], Any]:
-    """Builds a model, and returns a function that trains it for an epoch."""
-    ours = task["way"] == "keras_tbptt"
+def _ours(task: dict[str, Any]) -> bool:
+    return task["way"].startswith("keras_tbptt")
+
+
+def _recurrent(task: dict[str, Any], cell: str = "LSTM") -> keras.layers.Layer:
+    if not _ours(task):
+        return getattr(keras.layers, cell)(task["units"], stateful=True)
+    dtype = "bfloat16" if task["way"].endswith("bfloat16") else None
+    return getattr(keras_tbptt.layers, cell)(task["units"], stateful=True, product_dtype=dtype)
+
+
+def _model(task: dict[str, Any]) -> keras.Model:
     tokens = keras.Input(batch_shape=(task["lanes"], task["window"]), dtype="int32")
     x = keras.layers.Embedding(task["vocab_size"], task["embedding"], mask_zero=True)(tokens)
     x = keras.layers.Dropout(0.1)(x)
-    module = keras_tbptt.layers if ours else keras.layers
-    x = module.LSTM(task["units"], stateful=True)(x)
+    x = _recurrent(task)(x)
     x = keras.layers.Dropout(0.1)(x)
     outputs = keras.layers.Dense(1, activation="sigmoid")(x)
-    if ours:
+    if _ours(task):
         model = keras_tbptt.TBPTTModel(tokens, outputs, window_loss=task["window_loss"])
         optimizer = keras_tbptt.optimizers.LazyAdam(1e-3)
     else:
@@ -150,8 +174,15 @@ def _build(task: dict[str, Any]) -> Callable[[Any], Any]:
         optimizer,
         "binary_crossentropy",
         weighted_metrics=["accuracy"],
-        steps_per_execution=16 if ours else 1,  # `ResetStates` must run after every step
+        # `ResetStates` must run after every step.
+        steps_per_execution=16 if _ours(task) else 1,
     )
+    return model
+
+
+def _build(task: dict[str, Any]) -> Callable[[Any], Any]:
+    """Builds a model, and returns a function that trains it for an epoch."""
+    model, ours = _model(task), _ours(task)
 
     def fit(windows: keras_tbptt.DocumentWindows) -> Any:
         if ours:
@@ -167,8 +198,9 @@ def main() -> None:
     if task["way"] != "keras":
         runner.use_cores(large_products=task["part"] == "language_model")
     keras.utils.set_random_seed(task["seed"])
-    parts = {"peak": peak, "lstm": layer_alone, "gru": layer_alone, "reviews": reviews}
-    parts |= {"window_losses": reviews, "language_model": language_model, "memory": memory}
+    parts = {"peak": peak, "lstm": layer_alone, "gru": layer_alone, "memory": memory}
+    parts |= {"reviews": reviews, "final_only": reviews, "evaluation": evaluation}
+    parts |= {"language_model": language_model}
     found = parts[task["part"]](task)
     print(json.dumps({**found, "peak_mb": runner.peak_rss_mb()}))
 

@@ -7,7 +7,7 @@ The recipe is the one that tutorials copy (after ksopyla's `lstm_imdb_tbptt.py`)
 `lower().split()`, and the most frequent ones are the vocabulary. A batch holds documents of similar
 length, padded. It is split every K steps. The state is detached and carried to the next window, and
 every window has a loss and an Adam step. The recipe also runs over the padding, in training and in
-evaluation.
+evaluation. With the loss at the last window alone, the windows before it run under `torch.no_grad`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 WARM_WINDOWS = 20  # before the clock starts
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Classifier(torch.nn.Module):
@@ -40,15 +41,17 @@ class Classifier(torch.nn.Module):
 
 def layer_alone(task: dict[str, Any]) -> dict[str, float]:
     """Milliseconds of a forward and backward pass of the layer alone, over one window."""
-    layer = getattr(torch.nn, task["cell"])(task["embedding"], task["units"])
-    x = torch.randn(task["window"], task["lanes"], task["embedding"], requires_grad=True)
-    zeros = torch.zeros(1, task["lanes"], task["units"])
+    layer = getattr(torch.nn, task["cell"])(task["embedding"], task["units"]).to(DEVICE)
+    sizes = task["window"], task["lanes"], task["embedding"]
+    x = torch.randn(*sizes, requires_grad=True, device=DEVICE)
+    zeros = torch.zeros(1, task["lanes"], task["units"], device=DEVICE)
     state = (zeros, zeros) if task["cell"] == "LSTM" else zeros
 
     def step() -> None:
         layer.zero_grad()
         x.grad = None
         layer(x, state)[0][-1].sum().backward()
+        _wait()
 
     times = []
     for _ in range(task["calls"]):
@@ -58,17 +61,39 @@ def layer_alone(task: dict[str, Any]) -> dict[str, float]:
     return {"ms": 1_000 * float(np.median(times[2:]))}
 
 
+def _wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
 def reviews(task: dict[str, Any]) -> dict[str, float]:
     """Real tokens per second in an epoch over documents of ids."""
     data = np.load(task["ids"])
     documents = np.split(data["ids"], data["offsets"][1:-1])
     documents = [torch.from_numpy(d.astype("int64")) for d in documents]
-    labels = torch.from_numpy(data["labels"].astype("int64"))
+    labels = torch.from_numpy(data["labels"].astype("int64")).to(DEVICE)
     train = Trainer(task)
-    train.epoch(documents[: task["lanes"]], labels)
     began = time.perf_counter()
+    train.epoch(documents[: task["lanes"]], labels)
+    _wait()
+    warm = time.perf_counter()
     train.epoch(documents, labels)
-    return {"tokens_per_second": len(data["ids"]) / (time.perf_counter() - began)}
+    _wait()
+    seconds = time.perf_counter() - warm
+    return {"tokens_per_second": len(data["ids"]) / seconds, "first_seconds": warm - began}
+
+
+def evaluation(task: dict[str, Any]) -> dict[str, float]:
+    """Seconds of the accuracy on all documents, after that on a few."""
+    data = np.load(task["ids"])
+    documents = np.split(data["ids"], data["offsets"][1:-1])
+    documents = [torch.from_numpy(d.astype("int64")) for d in documents]
+    labels = torch.from_numpy(data["labels"].astype("int64")).to(DEVICE)
+    trainer = Trainer(task)
+    trainer.accuracy(documents[: task["lanes"]], labels)
+    began = time.perf_counter()
+    trainer.accuracy(documents, labels)
+    return {"evaluation_seconds": time.perf_counter() - began}
 
 
 class LanguageModel(torch.nn.Module):
@@ -89,15 +114,16 @@ class LanguageModel(torch.nn.Module):
 def language_model(task: dict[str, Any]) -> dict[str, float]:
     """Words a second of training, by the recipe of PyTorch's examples: word_language_model."""
     lanes, window, rate = task["lanes"], task["window"], 20.0
-    ids = torch.from_numpy(np.load(task["words"]).astype("int64"))
+    ids = torch.from_numpy(np.load(task["words"]).astype("int64")).to(DEVICE)
     ids = ids[: len(ids) // lanes * lanes].view(lanes, -1).t().contiguous()
-    model, loss = LanguageModel(task), torch.nn.NLLLoss()
+    model, loss = LanguageModel(task).to(DEVICE), torch.nn.NLLLoss()
     model.train()
     state = None
     words = 0
     began = 0.0
     for i, place in enumerate(range(0, len(ids) - 1, window)):
         if i == WARM_WINDOWS:
+            _wait()
             began, words = time.perf_counter(), 0
         length = min(window, len(ids) - 1 - place)
         inputs, targets = ids[place : place + length], ids[place + 1 : place + 1 + length]
@@ -111,6 +137,7 @@ def language_model(task: dict[str, Any]) -> dict[str, float]:
             for weights in model.parameters():
                 weights.add_(weights.grad, alpha=-rate)
         words += length * lanes
+    _wait()
     return {"tokens_per_second": words / (time.perf_counter() - began)}
 
 
@@ -127,7 +154,8 @@ def accuracy(task: dict[str, Any]) -> dict[str, Any]:
         [torch.tensor([ids.get(word, 1) for word in text]) for text in texts]
         for texts in (train, test)
     )
-    train_labels, test_labels = torch.tensor(train_labels), torch.tensor(test_labels)
+    train_labels = torch.tensor(train_labels, device=DEVICE)
+    test_labels = torch.tensor(test_labels, device=DEVICE)
     trainer, epochs = Trainer(task), []
     for _ in range(task["epochs"]):
         trainer.epoch(train, train_labels)
@@ -140,7 +168,8 @@ def accuracy(task: dict[str, Any]) -> dict[str, Any]:
 class Trainer:
     def __init__(self, task: dict[str, Any]):
         self.window, self.lanes = task["window"], task["lanes"]
-        self.model = Classifier(task)
+        self.final_only = task["window_loss"] == "final_only"
+        self.model = Classifier(task).to(DEVICE)
         self.optimizer = torch.optim.Adam(self.model.parameters())
         self.loss = torch.nn.CrossEntropyLoss()
 
@@ -156,12 +185,21 @@ class Trainer:
             random.shuffle(found)
         return found
 
+    def padded(self, documents: list[torch.Tensor]) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(documents).to(DEVICE)
+
     def epoch(self, documents: list[torch.Tensor], labels: torch.Tensor) -> None:
         self.model.train()
         for batch in self.batches(documents, shuffle=True):
-            words = torch.nn.utils.rnn.pad_sequence([documents[i] for i in batch])
+            words = self.padded([documents[i] for i in batch])
             state = None
-            for window in words.split(self.window):
+            *others, last = words.split(self.window)
+            if self.final_only:
+                with torch.no_grad():
+                    for window in others:
+                        state = self.model(window, state)[1]
+                others = []
+            for window in (*others, last):
                 self.model.zero_grad()
                 predicted, state = self.model(window, state)
                 self.loss(predicted, labels[batch]).backward()
@@ -173,7 +211,7 @@ class Trainer:
         right = 0
         with torch.no_grad():
             for batch in self.batches(documents, shuffle=False):
-                words = torch.nn.utils.rnn.pad_sequence([documents[i] for i in batch])
+                words = self.padded([documents[i] for i in batch])
                 predicted = self.model(words, None)[0].argmax(1)
                 right += int((predicted == labels[batch]).sum())
         return right / len(documents)
@@ -187,10 +225,13 @@ def main() -> None:
         "lstm": layer_alone,
         "gru": layer_alone,
         "reviews": reviews,
+        "final_only": reviews,
+        "evaluation": evaluation,
         "accuracy": accuracy,
         "language_model": language_model,
     }
-    found = parts[task["part"]](task)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=task["way"].endswith("autocast")):
+        found = parts[task["part"]](task)
     with open("/proc/self/status", encoding="utf-8") as status:
         found["peak_mb"] = int(status.read().split("VmHWM:")[1].split()[0]) / 2**10
     print(json.dumps(found))

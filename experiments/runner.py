@@ -115,7 +115,7 @@ def use_cores(large_products: bool = False) -> None:
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 _CPUINFO = pathlib.Path("/proc/cpuinfo")
-_BFLOAT16 = {"amx_bf16", "avx512_bf16"}
+BFLOAT16 = ("amx_bf16", "avx512_bf16")
 
 
 def choose_precision(asked: str) -> tuple[str, str]:
@@ -128,15 +128,33 @@ def choose_precision(asked: str) -> tuple[str, str]:
     Returns:
         `"float32"` or `"bfloat16"`, and the reason in words.
     """
-    lines = _CPUINFO.read_text("utf-8").splitlines() if _CPUINFO.exists() else []
-    flags_of = next((line.split() for line in lines if line.startswith("flags")), [])
-    there = sorted(_BFLOAT16.intersection(flags_of))
+    there = bfloat16_of_processor()
     what = f"the processor has {', '.join(there)}" if there else "the processor has no bfloat16"
     if asked == "auto":
         return ("bfloat16" if there else "float32"), what
     if asked == "bfloat16" and not there:
         logging.warning("--precision=bfloat16 is slower than float32 here: %s.", what)
     return asked, "as asked"
+
+
+def bfloat16_of_processor() -> list[str]:
+    """What multiplies matrices of bfloat16 faster than those of float32, as Linux calls it."""
+    return [name for name in BFLOAT16 if name in processor_flags()]
+
+
+def processor_flags() -> list[str]:
+    """What the processor can do, as Linux calls it; empty on other systems."""
+    return _cpuinfo("flags").split()
+
+
+def processor() -> str:
+    """The name of the processor, and the number of its cores that are to be used."""
+    return f"{_cpuinfo('model name') or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _cpuinfo(name: str) -> str:
+    lines = _CPUINFO.read_text("utf-8").splitlines() if _CPUINFO.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
 
 
 def _print_resume_command() -> None:

@@ -30,6 +30,12 @@ from keras_tbptt.state import (
 )
 from keras_tbptt.types import Documents
 
+# Products of more lanes gain nothing on CPUs, and need more memory.
+_WIDE = 256
+
+# Fewer windows are run sooner than a model for other lanes is built and traced.
+_WORTH_A_MODEL = 500
+
 
 class PredictsDocuments(SavesStates):
     """A functional model with stateful layers that runs documents window by window.
@@ -103,7 +109,8 @@ class PredictsDocuments(SavesStates):
         """One prediction per document, or one per step for outputs with a time axis.
 
         The prediction of a document depends on nothing but the document: not on the lanes, the
-        window, or what else is predicted with it.
+        window, or what else is predicted with it. Many documents are therefore run in more lanes
+        than the model was built for, if all of its layers are those of Keras and of this library.
 
         Args:
             documents: `DocumentWindows` that fit the model, or documents in any form that
@@ -141,12 +148,19 @@ class PredictsDocuments(SavesStates):
                     f"out. Received: {documents!r} with one of them"
                 )
         else:
-            shape = {"window": self.window, "lanes": self.all_lanes}
             documents = DocumentWindows(
-                documents, static=static, offsets=offsets, lengths=lengths, **shape
+                documents,
+                static=static,
+                offsets=offsets,
+                lengths=lengths,
+                window=self.window,
+                lanes=self.all_lanes,
             )
+        model, lanes = self, self._lanes_for(documents)
+        if lanes > self.lanes:
+            model, documents = self.resized(lanes=lanes), documents.with_lanes(lanes)
         plan = documents.plan
-        rows = self.predict(documents, verbose=verbose)
+        rows = model.predict(documents, verbose=verbose)
 
         def in_order(rows: np.ndarray, output: keras.KerasTensor) -> Any:
             rows = rows.reshape(*plan.ends.shape, *rows.shape[1:])
@@ -159,6 +173,23 @@ class PredictsDocuments(SavesStates):
             return steps[offsets[1:] - 1] if last_step else np.split(steps, offsets[1:-1])
 
         return keras.tree.map_structure(in_order, rows, self.output)
+
+    def _lanes_for(self, windows: DocumentWindows) -> int:
+        """In how many lanes documents are predicted soonest, each on its own."""
+        # A copy of any other layer may lack what its configuration does not tell.
+        known = all(
+            type(layer).__module__.startswith(("keras.src.", "keras_tbptt."))
+            and not isinstance(layer, keras.layers.Lambda)
+            for layer in _keras.flatten_layers(self)
+        )
+        fits = (windows.lanes, windows.window) == (self.lanes, self.window)
+        fixed = self.replicas.strategy is not None or windows.streams or windows.stretch is not None
+        fixed = fixed or self.run_eagerly
+        if not known or not fits or fixed or len(windows) < _WORTH_A_MODEL:
+            return self.lanes
+        # In more lanes, the longest document would be left to run alone.
+        counts = -(-windows.lengths // self.window)
+        return max(self.lanes, min(int(counts.sum() // counts.max()), _WIDE))
 
     def resized(self, lanes: int | None = None, window: int | None = None) -> PredictsDocuments:
         """The same model for another number of lanes or steps, with copies of the weights.

@@ -43,3 +43,69 @@ def test_predictions_of_windows_are_zero_at_padding():
     rows = model.predict(windows, verbose=0).reshape(len(windows), 4, 5)
     real = np.arange(5) < windows.plan.length[..., None]
     np.testing.assert_array_equal(rows != 0, real)
+
+
+class Scaled(L.Layer):
+    """A layer that a copy would get wrong: its factor is not in its configuration."""
+
+    factor = 1.0
+
+    def call(self, x):
+        return x * self.factor
+
+
+@pytest.fixture
+def resized(monkeypatch):
+    """The lanes of the copies that predictions made."""
+    lanes_of_copies, original = [], keras_tbptt.TBPTTModel.resized
+
+    def spy(self, lanes):
+        lanes_of_copies.append(lanes)
+        return original(self, lanes)
+
+    monkeypatch.setattr(keras_tbptt.TBPTTModel, "resized", spy)
+    return lanes_of_copies
+
+
+def test_many_documents_run_in_more_lanes_with_the_same_predictions(resized):
+    model = token_model(1, 5, two_heads)
+    documents = random_documents(count=120)
+    few = model.predict_documents(documents)
+    assert resized == []
+    keras_tbptt.state.set_states(model, [s + 1 for s in keras_tbptt.state.get_states(model)])
+    many = model.predict_documents(documents * 6)
+    assert resized == [256]
+    np.testing.assert_allclose(many["label"], np.tile(few["label"], (6, 1)), atol=1e-6)
+    for found, expected in zip(many["tags"], few["tags"] * 6, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert all((state == 1).all() for state in keras_tbptt.state.get_states(model))
+
+
+def test_a_layer_that_a_copy_may_get_wrong_is_not_copied(resized):
+    model = token_model(1, 5, lambda tokens: Scaled(name="scaled")(two_heads(tokens)["label"]))
+    model.get_layer("scaled").factor = 2.0
+    documents = random_documents(count=120)
+    few = model.predict_documents(documents)
+    many = model.predict_documents(documents * 2)
+    assert resized == []
+    np.testing.assert_allclose(many, np.tile(few, (2, 1)), atol=1e-6)
+
+
+def test_the_same_windows_for_other_lanes():
+    documents = random_documents()
+    windows = keras_tbptt.DocumentWindows(
+        documents, np.arange(len(documents)), window=5, lanes=4, shuffle=True, seed=3
+    )
+    assert windows.plan.document.shape[1] == 4
+    windows.epoch = 2
+    other = windows.with_lanes(7)
+    anew = keras_tbptt.DocumentWindows(
+        documents, np.arange(len(documents)), window=5, lanes=7, shuffle=True, seed=3
+    )
+    anew.epoch = 2
+    for batch, expected in zip(other.dataset(flags=True), anew.dataset(flags=True), strict=True):
+        keras.tree.map_structure(np.testing.assert_array_equal, batch, expected)
+    assert (windows.lanes, windows.epoch, other.epoch) == (4, 2, 3)
+    streams = keras_tbptt.DocumentWindows.next_step(np.arange(50), window=5, lanes=4)
+    with pytest.raises(ValueError, match="anew, with other lanes"):
+        streams.with_lanes(2)

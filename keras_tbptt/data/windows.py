@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 import random
@@ -156,8 +157,12 @@ class DocumentWindows(DescribesDocuments):
             lead_in=lead_in,
             streams=self.lanes if streams else None,
         )
-        self._layout = PACKINGS[packing](
-            self._flat.lengths, self.window, self.lanes, mean_window, stretch
+        self.streams = bool(streams)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        self._layout = PACKINGS[self.packing](
+            self._flat.lengths, self.window, self.lanes, self.mean_window, self.stretch
         )
 
     @classmethod
@@ -340,6 +345,38 @@ class DocumentWindows(DescribesDocuments):
         if not flags:
             weigh = functools.partial(_stock_batch, window_loss, self.window, scale)
         return WindowPipeline(self, spec, weigh).dataset()
+
+    def with_lanes(self, lanes: int) -> DocumentWindows:
+        """The same documents for another number of lanes, which share the memory of these.
+
+        Args:
+            lanes: int >= 1. Rows of a batch.
+
+        Returns:
+            `DocumentWindows` at the beginning of the coming epoch.
+
+        Raises:
+            ValueError: If the documents are streams, which were cut for the lanes that there are.
+
+        Example:
+
+        ```python
+        wide = model.resized(lanes=256)
+        wide.compile(loss=model.loss)
+        wide.evaluate(test.with_lanes(256))
+        ```
+        """
+        if self.streams:
+            raise ValueError(
+                "Streams are cut for their number of lanes: make the windows anew, with other "
+                f"lanes. Received: {self!r}"
+            )
+        other = copy.copy(self)
+        vars(other).pop("_plans", None)
+        other.lanes = at_least("lanes", lanes, 1)
+        other.place = other.begin()
+        other._lay_out()
+        return other
 
     def whole(self, documents: Any) -> tuple:
         """Whole documents side by side, aligned at their ends.
