@@ -10,6 +10,8 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted(ROOT.glob("docs/guide/*.md"))]
 # What cannot run here is fenced as ```py: it needs a server, another framework or a new process.
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
+# The packages without which the examples of a page cannot run.
+NEEDS = {"streams": ["ai_edge_litert"]}
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)[^)]*\)")
 
 
@@ -19,6 +21,8 @@ def text_of(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_examples_of_a_page_run_as_one_script(page, tmp_path, monkeypatch):
+    for package in NEEDS.get(page.stem, []):
+        pytest.importorskip(package)
     examples = EXAMPLE.findall(text_of(page))
     assert examples
     monkeypatch.chdir(tmp_path)

@@ -166,8 +166,8 @@ def test_two_hundred_words_are_loaded_and_classified_soon(browser, site, trained
     model, vectorizer, texts = trained
     words = text.standardize([" ".join(texts)]).numpy()[0].decode().split()[:200]
     [expected] = model.predict_documents(text.encode(vectorizer, [" ".join(words)]))[:, 0]
-    seconds = []
-    for _ in range(3):  # on a machine that does other things, too
+    seconds = [np.inf]
+    while min(seconds) >= 2 and len(seconds) <= 5:  # on a machine that does other things, too
         one = browser.new_context().new_page()
         began = time.perf_counter()
         one.goto(f"{site[0]}/index.html")
