@@ -1,4 +1,4 @@
-"""Exported models, loaded as a person names them, and the words that they run on."""
+"""Exported models as a person names them: what they say of words, and what they write."""
 
 from __future__ import annotations
 
@@ -139,3 +139,25 @@ def read(predict: Predict, pieces: Iterable[list[bytes]]) -> Iterator[Point]:
         words += len(piece)
         seconds = round(time.perf_counter() - began, 3)
         yield Point(words, probability.item(), seconds, readable(b"".join(piece)))
+
+
+def continued(model: Exported, prompt: str, steps: int, temperature: float, seed: int) -> str:
+    """What a language model writes after a prompt.
+
+    Args:
+        model: A model that generates.
+        prompt: str. At least one character.
+        steps: int. How many words or characters it writes.
+        temperature: float > 0.
+        seed: int. The same seed writes the same text.
+    """
+    settings = {
+        "steps": int(steps),
+        "temperature": float(temperature),
+        "top_k": 0,
+        "top_p": 1.0,
+        "seed": int(seed),
+        "stop": tf.constant([], tf.string),
+    }
+    given = {"text": [prompt.encode("utf-8", "replace")], **settings}
+    return model.predict(given, "generate")["text"][0].decode("utf-8", "replace")
