@@ -53,19 +53,22 @@ class Watched:
         self._name, self._number, self._total = name, number, total
         self._moves: list[Move] = []
 
-    def add(self, point: Point) -> None:
-        """Adds the next word.
+    def add(self, points: Sequence[Point]) -> None:
+        """Adds the next words.
 
         Args:
-            point: The answer of the model after it.
+            points: The answer of the model after each of them.
         """
-        before = self._moves[-1].after if self._moves else START
-        move = Move(before, point.probability, point.text)
-        self._moves.append(move)
-        self.words += (
-            f'<span class="{depth(move.change)}" title="{move.before:.4f} to {move.after:.4f}">'
-            f"{escaped(move.text)}</span> "
-        )
+        spans = []
+        for point in points:
+            before = self._moves[-1].after if self._moves else START
+            move = Move(before, point.probability, point.text)
+            self._moves.append(move)
+            spans.append(
+                f'<span class="{depth(move.change)}" '
+                f'title="{move.before:.4f} to {move.after:.4f}">{escaped(move.text)}</span> '
+            )
+        self.words += "".join(spans)
 
     def verdict(self) -> str:
         """HTML of the latest probability, with the words that moved it most."""

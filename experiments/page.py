@@ -21,9 +21,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments import coloured, runner
-from experiments.arriving import pieces
-from experiments.exported import Exported, continued, read
+from experiments import arriving, coloured, runner
+from experiments.exported import Exported, continued, read_each
 
 try:
     import gradio as gr
@@ -143,7 +142,7 @@ def watch(models: dict[str, Exported], text: str, rate: float) -> Iterator[list[
     """
     # A browser can send half of a character, which UTF-8 does not have.
     typed = text.encode("utf-8", "replace")
-    words = list(itertools.chain.from_iterable(pieces([typed])))
+    words = list(itertools.chain.from_iterable(arriving.pieces([typed])))
     if not words:
         yield ["", "There is no word to read: type a text.", *[""] * len(models)]
         return
@@ -152,20 +151,19 @@ def watch(models: dict[str, Exported], text: str, rate: float) -> Iterator[list[
     rate = max(rate, len(words) / MOST_SECONDS)
     size = math.ceil(rate / _PICTURES)
     watched = [coloured.Watched(name, i, len(words)) for i, name in enumerate(models)]
-    answers = [read(model.predict, ([word] for word in words)) for model in models.values()]
+    pieces = [words[begin : begin + size] for begin in range(0, len(words), size)]
+    answers = [read_each(model.predict, pieces) for model in models.values()]
     began = time.perf_counter()
     for number, points in enumerate(zip(*answers, strict=True), 1):
-        for one, point in zip(watched, points, strict=True):
-            one.add(point)
-        if number % size and number < len(words):
-            continue
+        for one, new in zip(watched, points, strict=True):
+            one.add(new)
         verdicts = "".join(one.verdict() for one in watched)
         yield [
             coloured.plot(watched, len(words)),
             verdicts + note,
             *(one.words for one in watched),
         ]
-        time.sleep(max(0, began + number / rate - time.perf_counter()))
+        time.sleep(max(0, began + number * size / rate - time.perf_counter()))
 
 
 def build(models: dict[str, Exported]) -> gr.Blocks:

@@ -233,10 +233,10 @@ def test_a_word_is_in_the_picture_soon(chromium, address, monkeypatch):
                 run.setdefault(number, 1e3 * time.time())
                 yield piece
 
-        return page_read(predict, given())
+        return read_each(predict, given())
 
-    page_read = page.read
-    monkeypatch.setattr(page, "read", timed)
+    read_each = page.read_each
+    monkeypatch.setattr(page, "read_each", timed)
     with visit(chromium, address) as tab:
         tab.evaluate(
             """() => {
