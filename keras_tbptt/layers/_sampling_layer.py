@@ -18,13 +18,13 @@ class Sampled(NamedTuple):
     seed: tf.Tensor
 
     def outputs(self, targets: tf.Tensor) -> tf.Tensor:
-        """The output for the target, which comes first, and for the classes of the sample.
+        """The output for the target, which comes first, and for all classes of the sample together.
 
         Args:
             targets: Class indices `[...]` or `[..., 1]`.
 
         Returns:
-            float32 `[..., 1 + S]`: probabilities or logits, as the layer gives them.
+            float32 `[..., 2]`: probabilities or logits, as the layer gives them.
         """
         return self.layer.sampled_outputs(self.inputs, targets, self.seed)
 
@@ -93,7 +93,7 @@ class SamplingLayer(keras.layers.Layer):
         return mark_sampled(outputs, Sampled(self, inputs, self.seed_generator.next()))
 
     def sampled_outputs(self, inputs: tf.Tensor, targets: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        """The layer's output for the target, which comes first, and for a sample of classes.
+        """The layer's output for the target, which comes first, and for a sample of classes as one.
 
         Args:
             inputs: Float tensor `[..., units]`.
@@ -101,7 +101,7 @@ class SamplingLayer(keras.layers.Layer):
             seed: Integers `[2]`. What the sample is drawn from.
 
         Returns:
-            float32 `[..., 1 + S]`.
+            float32 `[..., 2]`.
 
         Raises:
             ValueError: If the targets are not one class index for each row of the inputs.
