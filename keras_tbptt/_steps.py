@@ -17,7 +17,7 @@ from keras_tbptt._reporting import BatchLoss, batch_loss, penalty, uncounted_los
 from keras_tbptt._shares import any_counts
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.layers import ConcatPooling
-from keras_tbptt.layers._sampling_layer import mark_sampled, sampled_of, seen
+from keras_tbptt.layers._sampling_layer import mark_sampled, only_sampled, sampled_of, seen
 from keras_tbptt.losses import FINAL_LOSSES
 from keras_tbptt.optimizers import LazyAdam, sum_slices
 from keras_tbptt.state import (
@@ -103,7 +103,8 @@ def run_window(model: keras.Model, x: Mapping[str, tf.Tensor], training: bool) -
     Returns:
         The model's outputs.
     """
-    y_pred = call_masked(model, x["inputs"], training, _real_steps(model, x))
+    with only_sampled(training and model.uses_samples_alone):
+        y_pred = call_masked(model, x["inputs"], training, _real_steps(model, x))
     # Keras would weight the loss by the masks a second time.
     return keras.tree.map_structure(_without_mask, y_pred)
 
