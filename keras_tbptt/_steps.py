@@ -204,8 +204,10 @@ class OneWindow:
         gradients = tape.gradient(scaled, model.trainable_variables)
         # An embedding's gradient comes in a slice for each word. Keras's optimizers would square
         # slices of the same word one by one, and clip by them, instead of by their sum.
-        if not isinstance(model.optimizer, LazyAdam):
-            gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
+        gradients = [
+            g if g is None or lazy else tf.convert_to_tensor(g)
+            for g, lazy in zip(gradients, _lazy(model), strict=True)
+        ]
         _apply(model, gradients)
         return Found(seen(y_pred), loss)
 
@@ -292,7 +294,7 @@ class SeveralWindows:
                 [variable.value for variable in model.trainable_variables],
                 window["states"],
                 crossings,
-                slices=isinstance(model.optimizer, LazyAdam),
+                slices=_lazy(model),
             )
             _apply(model, gradients)
             if not self._sliding:
@@ -357,6 +359,12 @@ def _if(condition: bool | tf.Tensor, yes: Callable, no: Callable) -> Any:
     if isinstance(condition, bool):
         return yes() if condition else no()
     return tf.cond(condition, yes, no)
+
+
+def _lazy(model: keras.Model) -> list[bool]:
+    """For each variable, whether its optimizer updates only the rows that were used."""
+    optimizer, variables = model.optimizer, model.trainable_variables
+    return [isinstance(_keras.optimizer_of(optimizer, v), LazyAdam) for v in variables]
 
 
 def _apply(model: keras.Model, gradients: list[Any]) -> None:
