@@ -21,6 +21,7 @@ _TAG = rb"<[a-zA-Z/][^>]{0,%d}>" % _LONGEST_TAG
 _NO_TAG = rb"<(?![a-zA-Z/])|<(?=[^>]{%d})" % (_LONGEST_TAG + 1)
 _BETWEEN = rb"(?:%b|%b|[^0-9A-Za-z\x80-\xff<])*" % (_TAG, _NO_TAG)
 _WORD = re.compile(rb"%b[0-9A-Za-z\x80-\xff](?:%b|%b|[^\s<])*\s" % (_BETWEEN, _TAG, _NO_TAG))
+_JOINERS = "\u200c\u200d"  # within words of Persian or Hindi, and within emoji
 _END = b" " * (_LONGEST_TAG + 1)  # ends every word and every tag
 
 
@@ -83,10 +84,11 @@ def pieces(
 
 
 def readable(piece: bytes) -> str:
-    """A piece as a terminal may show it, without tags and control characters.
+    """A piece as a terminal or a page may show it, without tags and control characters.
 
     Args:
         piece: Bytes, UTF-8 or not.
     """
     text = re.sub(_TAG, b" ", piece).decode(errors="replace")
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    kept = (c if c.isprintable() or c in _JOINERS else " " for c in text)
+    return " ".join("".join(kept).split())

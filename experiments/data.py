@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import urllib.request
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ DATASETS = ("auto", "imdb_reviews", "generated")
 _ARCHIVE = "aclImdb"
 _URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 GENERATED_TRAIN, GENERATED_TEST = 6_000, 2_000
+GENERATED_UNLABELLED = 6_000
+_NEVER_A_TEST_SEED = 1_000_000
 
 
 class DataUnavailableError(Exception):
@@ -46,6 +49,15 @@ class Corpus:
     test: Split
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Texts without labels (object arrays `[documents]` of str or bytes), and their data set."""
+
+    name: str
+    train: np.ndarray
+    valid: np.ndarray
+
+
 def load(data: str, data_dir: str | None, limit: int | None, valid: float, seed: int) -> Corpus:
     """Loads a corpus, and takes a part of its training split for validation.
 
@@ -65,19 +77,9 @@ def load(data: str, data_dir: str | None, limit: int | None, valid: float, seed:
             downloaded.
         ValueError: If fewer than two training documents are left.
     """
-    if data == "generated":
-        train, test = _generate(limit, seed)
-    else:
-        try:
-            train, test = _load_imdb_reviews(data_dir)
-            data = "imdb_reviews"
-        except DataUnavailableError as error:
-            if data != "auto":
-                raise
-            logging.warning("%s", error)
-            logging.warning("Running on GENERATED reviews instead (--data generated).")
-            data = "generated"
-            train, test = _generate(limit, seed)
+    data, (train, test) = _real_or_generated(
+        data, data_dir, ["train", "test"], lambda: _generate(limit, seed)
+    )
     train, test = train.take(slice(limit)), test.take(slice(limit))
     if len(train.labels) < 2:
         raise ValueError(
@@ -88,38 +90,95 @@ def load(data: str, data_dir: str | None, limit: int | None, valid: float, seed:
     return Corpus(data, train.take(np.sort(order[kept:])), train.take(np.sort(order[:kept])), test)
 
 
+def load_texts(
+    data: str, data_dir: str | None, limit: int | None, held_out: int, seed: int
+) -> Texts:
+    """Loads texts to train a language model on: the training reviews and the unlabelled ones.
+
+    The test reviews are not read. The training reviews include those that `load` takes for
+    validation, because their labels are not used here.
+
+    Args:
+        data: As in `load`.
+        data_dir: As in `load`.
+        limit: As in `load`, of training and of unlabelled reviews.
+        held_out: The number of unlabelled reviews that are not trained on. They are evenly spaced,
+            so every seed, window and size has the same ones.
+        seed: The seed of generated reviews.
+
+    Returns:
+        The texts.
+
+    Raises:
+        DataUnavailableError: As `load`.
+        ValueError: If more reviews are held out than half of the unlabelled ones.
+    """
+
+    def generate() -> list[Split]:
+        count = min(limit or GENERATED_UNLABELLED, GENERATED_UNLABELLED)
+        train, _ = _generate(limit, seed)
+        return [train, Split(*write_reviews(count, seed=_NEVER_A_TEST_SEED + seed))]
+
+    name, splits = _real_or_generated(data, data_dir, ["train", "unsupervised"], generate)
+    labelled, unlabelled = (split.texts[:limit] for split in splits)
+    if not 0 < held_out <= len(unlabelled) // 2:
+        raise ValueError(
+            "At least one and at most half of the unlabelled reviews can be held out. "
+            f"Received: {held_out} of {len(unlabelled)} reviews"
+        )
+    kept = np.zeros(len(unlabelled), bool)
+    kept[np.linspace(0, len(unlabelled) - 1, held_out).astype(int)] = True
+    return Texts(name, np.concatenate([labelled, unlabelled[~kept]]), unlabelled[kept])
+
+
+def _real_or_generated(
+    data: str, data_dir: str | None, splits: Sequence[str], generate: Callable[[], Sequence[Split]]
+) -> tuple[str, Sequence[Split]]:
+    """The name of the data set that `data` stands for, and its splits."""
+    if data == "generated":
+        return data, generate()
+    try:
+        return "imdb_reviews", _load_imdb_reviews(data_dir, splits)
+    except DataUnavailableError as error:
+        if data != "auto":
+            raise
+        logging.warning("%s", error)
+        logging.warning("Running on GENERATED reviews instead (--data generated).")
+        return "generated", generate()
+
+
 def _generate(limit: int | None, seed: int) -> tuple[Split, Split]:
     train = Split(*write_reviews(min(limit or GENERATED_TRAIN, GENERATED_TRAIN), seed=2 * seed))
     test = Split(*write_reviews(min(limit or GENERATED_TEST, GENERATED_TEST), seed=2 * seed + 1))
     return train, test
 
 
-def _load_imdb_reviews(data_dir: str | None) -> tuple[Split, Split]:
+def _load_imdb_reviews(data_dir: str | None, splits: Sequence[str]) -> list[Split]:
     import tensorflow_datasets as tfds
 
     where = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
     read = functools.partial(
         tfds.load,
         "imdb_reviews",
-        split=["train", "test"],
+        split=list(splits),
         as_supervised=True,
         data_dir=data_dir,
     )
     try:
         try:
-            train, test = read(download=False)
+            found = read(download=False)
         except AssertionError:  # what tfds raises if the data set is not on disk
             if not list(Path(where).glob(f"downloads/**/*{_ARCHIVE}*")):
                 # Without a network, tfds would try for minutes and leave directories behind.
                 urllib.request.urlopen(urllib.request.Request(_URL, method="HEAD"), timeout=10)
-            train, test = read(download=True)
+            found = read(download=True)
     except Exception as error:
         raise DataUnavailableError(
             "The data set imdb_reviews can be neither loaded nor downloaded: prepare it with "
             f"tensorflow-datasets in {where}, give a directory that has it with --data_dir, or run "
             f"with --data generated. Received: {first_line(error)}"
         ) from error
-    return _to_split(train), _to_split(test)
+    return [_to_split(dataset) for dataset in found]
 
 
 def _to_split(dataset: Any) -> Split:

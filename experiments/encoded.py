@@ -8,8 +8,10 @@ import io
 import json
 import os
 import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -20,16 +22,17 @@ from keras_tbptt import text
 from keras_tbptt._files import write_whole
 
 SPLITS = ("train", "valid", "test")
+TEXT_SPLITS = ("train", "valid")
 _PACKAGES = ("keras", "tensorflow", "tensorflow-datasets")
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Ids (int32 `[steps of all documents]`), offsets (`[documents + 1]`) and labels."""
+    """Ids (int32 `[steps of all documents]`), offsets (`[documents + 1]`) and labels, if any."""
 
     ids: np.ndarray
     offsets: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def load(
     limit: int | None,
     valid: float,
     seed: int,
-    vocab_size: int,
+    vocabulary: int | keras.layers.TextVectorization,
     cache_dir: str,
 ) -> Encoded:
     """Loads a corpus and turns its texts into ids, unless an earlier run has.
@@ -62,7 +65,8 @@ def load(
         limit: As in `data.load`.
         valid: As in `data.load`.
         seed: As in `data.load`.
-        vocab_size: As in `keras_tbptt.text.make_vectorizer`.
+        vocabulary: The number of ids, for a vocabulary of the training texts, as in
+            `keras_tbptt.text.make_vectorizer`; or the vectorizer of an encoder.
         cache_dir: The directory where ids of real reviews are kept; "" keeps none.
 
     Returns:
@@ -72,30 +76,100 @@ def load(
         DataUnavailableError: As `data.load`.
         ValueError: As `data.load`.
     """
+
+    def make() -> Encoded:
+        corpus = data.load(name, data_dir, limit, valid, seed)
+        vectorizer = vocabulary
+        if isinstance(vectorizer, int):
+            vectorizer = text.make_vectorizer(corpus.train.texts, vectorizer)
+        parts = {each: getattr(corpus, each) for each in SPLITS}
+        splits = {
+            each: _documents(vectorizer, part.texts, part.labels) for each, part in parts.items()
+        }
+        return Encoded(corpus.name, vectorizer, splits)
+
+    known = vocabulary if isinstance(vocabulary, int) else _described(vocabulary)
+    return _kept_or_made(name, data_dir, cache_dir, [limit, valid, seed, known], SPLITS, make)
+
+
+def load_texts(
+    name: str,
+    data_dir: str | None,
+    limit: int | None,
+    held_out: int,
+    seed: int,
+    vocab_size: int,
+    cache_dir: str,
+) -> Encoded:
+    """Loads the texts of a language model as ids: the splits `"train"` and `"valid"`, no labels.
+
+    A text of one word is left out, because no step follows another in it.
+
+    Args:
+        name: As in `data.load_texts`.
+        data_dir: As in `data.load_texts`.
+        limit: As in `data.load_texts`.
+        held_out: As in `data.load_texts`.
+        seed: As in `data.load_texts`.
+        vocab_size: As in `keras_tbptt.text.make_vectorizer`.
+        cache_dir: As in `load`.
+
+    Returns:
+        The texts, with the vocabulary of those to train on.
+
+    Raises:
+        DataUnavailableError: As `data.load_texts`.
+        ValueError: As `data.load_texts`.
+    """
+
+    def make() -> Encoded:
+        texts = data.load_texts(name, data_dir, limit, held_out, seed)
+        vectorizer = text.make_vectorizer(texts.train, vocab_size)
+        splits = {each: _documents(vectorizer, getattr(texts, each)) for each in TEXT_SPLITS}
+        return Encoded(texts.name, vectorizer, {n: _with_next(d) for n, d in splits.items()})
+
+    # Real reviews are the same for every seed.
+    arguments = ["texts", limit, held_out, vocab_size]
+    return _kept_or_made(name, data_dir, cache_dir, arguments, TEXT_SPLITS, make)
+
+
+def _documents(
+    vectorizer: keras.layers.TextVectorization, texts: np.ndarray, labels: np.ndarray | None = None
+) -> Documents:
+    ids = text.encode(vectorizer, texts)
+    return Documents(ids.flat_values.numpy(), ids.row_splits.numpy(), labels)
+
+
+def _with_next(documents: Documents) -> Documents:
+    """The documents of at least two steps."""
+    lengths = np.diff(documents.offsets)
+    kept = lengths > 1
+    ids = documents.ids[np.repeat(kept, lengths)]
+    return Documents(ids, np.concatenate([[0], np.cumsum(lengths[kept])]))
+
+
+def _kept_or_made(
+    name: str,
+    data_dir: str | None,
+    cache_dir: str,
+    arguments: list,
+    splits: Sequence[str],
+    make: Callable[[], Encoded],
+) -> Encoded:
     files = _prepared_files(data_dir) if cache_dir and name != "generated" else []
     kept = None
     if files:
-        key = _key(files, [limit, valid, seed, vocab_size])
-        kept = Path(cache_dir).expanduser() / f"imdb_reviews-{key[:32]}.npz"
+        kept = Path(cache_dir).expanduser() / f"imdb_reviews-{_key(files, arguments)[:32]}.npz"
         if kept.exists():
             try:
-                encoded = _read(kept)
+                encoded = _read(kept, splits)
             except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 logging.warning("%s is damaged and is made again: %s", kept, error)
             else:
                 logging.info("The reviews as ids are those of %s.", kept)
                 return encoded
-    corpus = data.load(name, data_dir, limit, valid, seed)
-    vectorizer = text.make_vectorizer(corpus.train.texts, vocab_size)
-    splits = {}
-    for each in SPLITS:
-        split = getattr(corpus, each)
-        documents = text.encode(vectorizer, split.texts)
-        splits[each] = Documents(
-            documents.flat_values.numpy(), documents.row_splits.numpy(), split.labels
-        )
-    encoded = Encoded(corpus.name, vectorizer, splits)
-    if kept is not None and corpus.name == "imdb_reviews":
+    encoded = make()
+    if kept is not None and encoded.name == "imdb_reviews":
         try:
             _write(kept, encoded)
         except OSError as error:
@@ -119,25 +193,31 @@ def _key(files: list[Path], arguments: list) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
+def _described(vectorizer: keras.layers.TextVectorization) -> dict[str, Any]:
+    return keras.saving.serialize_keras_object(vectorizer)
+
+
 def _write(path: Path, encoded: Encoded) -> None:
-    about = {
-        "name": encoded.name,
-        "vectorizer": keras.saving.serialize_keras_object(encoded.vectorizer),
-    }
+    about = {"name": encoded.name, "vectorizer": _described(encoded.vectorizer)}
     arrays = {"about": np.frombuffer(json.dumps(about).encode(), "uint8")}
     for name, documents in encoded.splits.items():
-        arrays |= {f"{name}_{field}": array for field, array in vars(documents).items()}
+        fields = vars(documents).items()
+        arrays |= {f"{name}_{field}": array for field, array in fields if array is not None}
     content = io.BytesIO()
     np.savez(content, **arrays)
     write_whole(path, content.getvalue())
 
 
-def _read(path: Path) -> Encoded:
+def _read(path: Path, names: Sequence[str]) -> Encoded:
     with path.open("rb") as file, np.load(file) as arrays:  # closed where it is damaged, too
         about = json.loads(arrays["about"].tobytes())
         splits = {
-            name: Documents(*(arrays[f"{name}_{field}"] for field in ("ids", "offsets", "labels")))
-            for name in SPLITS
+            name: Documents(
+                arrays[f"{name}_ids"],
+                arrays[f"{name}_offsets"],
+                arrays[f"{name}_labels"] if names == SPLITS else None,
+            )
+            for name in names
         }
     vectorizer = keras.saving.deserialize_keras_object(about["vectorizer"])
     return Encoded(about["name"], vectorizer, splits)

@@ -18,12 +18,18 @@ import keras
 import numpy as np
 from absl import flags
 
+import keras_tbptt
 from experiments import figures, runner, settings
+from experiments.generated import neutral_words
 from experiments.settings import Setting
 
 flags.DEFINE_integer("documents", 4_000, "Texts to train on.", 64)
 flags.DEFINE_integer("epochs", 6, "Passes over the training texts.", 1)
 flags.DEFINE_integer("test_documents", 1_000, "Texts of each length to test on.", 2)
+flags.DEFINE_string(
+    "export_dir", None, "Directory for SavedModels of the first seed that take text, one for each "
+    "row. Nothing is exported if not given."
+)  # fmt: skip
 flags.adopt_module_key_flags(settings)
 flags.adopt_module_key_flags(runner)
 FLAGS = flags.FLAGS
@@ -72,7 +78,12 @@ def write_texts(
 
 
 def train_and_test(
-    setting: Setting, seeds: Sequence[int], documents: int, test_documents: int, epochs: int
+    setting: Setting,
+    seeds: Sequence[int],
+    documents: int,
+    test_documents: int,
+    epochs: int,
+    export_dir: str | None,
 ) -> dict[str, Any]:
     """Trains one row with every seed.
 
@@ -82,6 +93,7 @@ def train_and_test(
         documents: How many texts to train on.
         test_documents: How many texts of each length to test on.
         epochs: Passes over the training texts.
+        export_dir: Where the model of the first seed is exported, or None.
 
     Returns:
         Lists with a figure for each seed. `seconds` is the time of training. `trained` is the
@@ -92,9 +104,9 @@ def train_and_test(
     tests |= {str(steps): write_texts(test_documents, steps, 10**6 + steps) for steps in TEST_STEPS}
     results: dict[str, list[float]] = {name: [] for name in ("seconds", *tests)}
 
-    def build():
+    def build(vocabulary: int = VOCABULARY) -> keras_tbptt.TBPTTModel:
         tokens = keras.Input(batch_shape=(LANES, setting.window), dtype="int32")
-        x = keras.layers.Embedding(VOCABULARY, EMBEDDING, mask_zero=True)(tokens)
+        x = keras.layers.Embedding(vocabulary, EMBEDDING, mask_zero=True)(tokens)
         return settings.build_model(setting, tokens, x, UNITS, forget_bias=math.log(STEPS))
 
     for seed in seeds:
@@ -104,14 +116,41 @@ def train_and_test(
         for name, (texts, labels) in tests.items():
             right = (model.predict_documents(texts)[:, 0] > 0.5) == labels
             results[name].append(float(np.mean(right)))
+        if export_dir and seed == seeds[0]:
+            path = pathlib.Path(export_dir, setting.name.replace(", ", "-").replace(" ", "_"))
+            export(model, build(VOCABULARY + 1), path)
     return results
+
+
+def export(
+    trained: keras_tbptt.TBPTTModel, with_unknown: keras_tbptt.TBPTTModel, path: pathlib.Path
+) -> None:
+    """Exports a model of ids as one of text: its words get the names of words that say nothing.
+
+    Args:
+        trained: The trained model.
+        with_unknown: The same model, not trained, with one more id. A vectorizer needs an id for
+            unknown words; they become the mean of the words that say nothing.
+        path: The directory of the SavedModel.
+    """
+    rows, *others = trained.get_weights()
+    unknown = rows[_FIRST_OTHER:].mean(0, keepdims=True)
+    with_unknown.set_weights([np.concatenate([rows[:1], unknown, rows[1:]]), *others])
+    words = ["i", "hate", "love", "this", *neutral_words(VOCABULARY - _FIRST_OTHER)]
+    # The more frequent a word, the lower its id.
+    texts = [" ".join(words[:count]) for count in range(1, len(words) + 1)]
+    keras_tbptt.export_saved_model(with_unknown, path, keras_tbptt.text.make_vectorizer(texts))
 
 
 def main() -> None:
     """Trains all rows, and shows the results."""
-    directory = runner.RunDirectory("first_words", f"{FLAGS.seeds}seeds", free=["jobs"])
+    if FLAGS.export_dir:
+        runner.check_writable(pathlib.Path(FLAGS.export_dir), "--export_dir")
+    directory = runner.RunDirectory(
+        "first_words", f"{FLAGS.seeds}seeds", free=["jobs", "export_dir"]
+    )
     rows = []
-    arguments = FLAGS.documents, FLAGS.test_documents, FLAGS.epochs
+    arguments = FLAGS.documents, FLAGS.test_documents, FLAGS.epochs, FLAGS.export_dir
     for row in settings.run_each(
         train_and_test, SETTINGS, *arguments, done=directory.results.get("rows", ())
     ):

@@ -55,6 +55,16 @@ def write_reviews(documents: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(texts, dtype=object), labels
 
 
+def neutral_words(count: int) -> list[str]:
+    """Words without a sentiment, in alphabetical order.
+
+    Args:
+        count: int. How many, at most 60.
+    """
+    phrases = " ".join((*_SUBJECTS[:-4], *_VERBS, *_OBJECTS))
+    return sorted(set(phrases.split()))[:count]
+
+
 def _write(rng: np.random.Generator, words: int, feeling: str) -> str:
     sentences: list[str] = []
     written = 4

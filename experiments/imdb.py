@@ -3,13 +3,15 @@
     python -m experiments.imdb --window 30
 
 Trains a stateful LSTM on the IMDB reviews (Maas et al. 2011, "Learning word vectors for sentiment
-analysis") by truncated backpropagation through time. Keeps the epoch with the highest accuracy on a
+analysis") by truncated backpropagation through time, from scratch or from the encoder of
+`experiments.pretrain`. Keeps the epoch with the highest accuracy on a
 validation part of the training split. Evaluates it once on the test split, and exports a SavedModel
 for TF Serving.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -22,7 +24,7 @@ import keras
 from absl import flags
 
 import keras_tbptt
-from experiments import data, encoded, figures, runner, workers
+from experiments import data, encoded, figures, finetune, runner, workers
 from keras_tbptt.data import PACKINGS
 from keras_tbptt.losses import FINAL_LOSSES, WINDOW_LOSSES
 
@@ -100,6 +102,7 @@ flags.DEFINE_integer(
 )  # fmt: skip
 flags.adopt_module_key_flags(runner)
 flags.adopt_module_key_flags(workers)
+flags.adopt_module_key_flags(finetune)
 FLAGS = flags.FLAGS
 
 
@@ -120,7 +123,9 @@ def build_model(replicas: int, precision: str) -> keras_tbptt.TBPTTModel:
         )
     lanes, window = FLAGS.lanes // replicas, FLAGS.window
     tokens = keras.Input(batch_shape=(lanes, window), dtype="int32", name="tokens")
-    x = keras.layers.Embedding(FLAGS.vocab_size, FLAGS.embedding_dim, mask_zero=True)(tokens)
+    x = keras.layers.Embedding(
+        FLAGS.vocab_size, FLAGS.embedding_dim, mask_zero=True, name="embedding"
+    )(tokens)
     x = keras.layers.Dropout(FLAGS.word_dropout, noise_shape=(lanes, window, 1))(x)
     pooled = FLAGS.window_loss == "pooled"
     x = keras_tbptt.layers.LSTM(
@@ -128,6 +133,7 @@ def build_model(replicas: int, precision: str) -> keras_tbptt.TBPTTModel:
         stateful=True,
         return_sequences=pooled,
         product_dtype="bfloat16" if precision == "bfloat16" else None,
+        name="lstm",
     )(x)
     if pooled:
         x = keras_tbptt.layers.ConcatPooling(stateful=True)(x)
@@ -176,6 +182,7 @@ def main() -> None:
         if directory is not None:
             workers.launch(directory)
         return
+    pretrained = finetune.encoder_of_flags()
     strategy, first = workers.strategy(), workers.index() == 0
     keras.utils.set_random_seed(FLAGS.seed)
     try:
@@ -185,7 +192,7 @@ def main() -> None:
             FLAGS.limit,
             FLAGS.validation,
             FLAGS.seed,
-            FLAGS.vocab_size,
+            pretrained.vectorizer if pretrained else FLAGS.vocab_size,
             FLAGS.cache_dir,
         )
     except data.DataUnavailableError as error:
@@ -197,16 +204,18 @@ def main() -> None:
     precision, reason = runner.choose_precision(FLAGS.precision)
     with workers.scope(strategy):
         model = build_model(1 if strategy is None else strategy.num_replicas_in_sync, precision)
+    if pretrained:
+        finetune.transfer(pretrained, model)
     together = FLAGS.window_loss in FINAL_LOSSES or model.backprop_windows == "all"
     packing = FLAGS.packing or ("aligned" if together else "packed")
     windows = windows_of(corpus, packing)
     train, valid, test = windows.values()
 
     steps = FLAGS.epochs * model.optimizer_steps(train)
-    rate = keras.optimizers.schedules.CosineDecay(FLAGS.learning_rate, steps)
+    make = functools.partial(OPTIMIZERS[FLAGS.optimizer], clipnorm=1.0)
     with workers.scope(strategy):
         model.compile(
-            OPTIMIZERS[FLAGS.optimizer](rate, clipnorm=1.0),
+            finetune.make_optimizer(make, FLAGS.learning_rate, steps),
             "binary_crossentropy",
             weighted_metrics=["accuracy"],
             steps_per_execution=FLAGS.steps_per_execution,
@@ -235,6 +244,7 @@ def main() -> None:
         "seed": FLAGS.seed,
         "packing": packing,
         "precision": f"{precision} ({reason})",
+        "pretrained": pretrained and pretrained.about,
         "documents": {name: w.num_documents for name, w in windows.items()},
         "tokens": {name: w.num_steps for name, w in windows.items()},
         "packing_efficiency": round(train.packing_efficiency, 4),
@@ -376,6 +386,8 @@ def print_closing_table(results: dict[str, Any], directory: runner.RunDirectory)
         f"{results['packing_efficiency']:.3f} real steps)",
         "window loss, reach": f"{results['window_loss']}, {results['backprop_windows']}",
     }
+    if about := results.get("pretrained"):
+        rows["encoder"] = f"{about['units']} units, perplexity {about['valid_perplexity']:.2f}"
     for record in records:
         rows[f"epoch {record['epoch']}"] = (
             f"validation accuracy {record['valid_accuracy']:.4f}, "

@@ -95,6 +95,10 @@ flags.DEFINE_float(
 )  # fmt: skip
 flags.DEFINE_float("dynamic_decay", 1e-3, "How fast its weights return to the trained ones.", 0, 1)
 flags.DEFINE_float("temperature", 0.8, "How bold the samples are.", 1e-3)
+flags.DEFINE_string(
+    "export_dir", None, "Directory for a new version of a SavedModel that continues text. Nothing "
+    "is exported if not given."
+)  # fmt: skip
 flags.DEFINE_integer(
     "steps_per_execution", 16, "Windows that TensorFlow runs between two looks at the bar.", 1
 )  # fmt: skip
@@ -183,6 +187,8 @@ def main() -> None:
             "A tied embedding has a column for each unit: give --embedding_dim and --units the "
             f"same value. Received: --embedding_dim={FLAGS.embedding_dim}, --units={FLAGS.units}"
         )
+    if FLAGS.export_dir:
+        runner.check_writable(pathlib.Path(FLAGS.export_dir), "--export_dir")
     keras.utils.set_random_seed(FLAGS.seed)
     try:
         files = {"train": FLAGS.train, "valid": FLAGS.valid, "test": FLAGS.test}
@@ -192,9 +198,10 @@ def main() -> None:
     directory = runner.RunDirectory(
         "language_model",
         f"{FLAGS.unit}-{FLAGS.cell}{FLAGS.units}",
-        free=["backup_seconds", "dynamic_rate", "dynamic_decay", "temperature"],
+        free=["backup_seconds", "dynamic_rate", "dynamic_decay", "temperature", "export_dir"],
     )
-    if directory.results:
+    exported = bool(directory.results.get("export_path"))
+    if directory.results and (exported or not FLAGS.export_dir):
         print("This run is complete.")
         print_closing_table(directory.results, directory)
         return
@@ -231,12 +238,17 @@ def main() -> None:
         "best_epoch": min((e["valid_loss"], -e["epoch"]) for e in epochs.records)[1] * -1,
         **run_test(model, ids),
         "samples": write_samples(model, ids["test"], vectorizer),
+        "export_path": None,
     }
     draw_learning_curve(results, directory / "learning_curve.png")
     steps, bits = surprise(model, ids["test"])
     words = [vectorizer.get_vocabulary()[i] for i in steps]
     draw_surprise(words, bits, directory / "surprise.png")
-    directory.write_results(results)
+    directory.write_results(results)  # before the export, because it may fail
+    if FLAGS.export_dir:
+        path = keras_tbptt.export_saved_model(model, FLAGS.export_dir, vectorizer, generation=True)
+        results["export_path"] = str(path)
+        directory.write_results(results)
     print_closing_table(results, directory)
 
 
@@ -399,6 +411,8 @@ def print_closing_table(results: dict[str, Any], directory: runner.RunDirectory)
     if f"{key}_dynamic" in results:
         rows["with dynamic evaluation"] = f"{results[f'{key}_dynamic']:.2f}"
     rows["run directory"] = directory.path
+    if results.get("export_path"):
+        rows["saved model"] = results["export_path"]
     runner.print_table("experiments.language_model", rows)
     for sample in results["samples"]:
         print(f"\n{sample['prompt']} >>> {sample['continuation']}")

@@ -17,18 +17,14 @@ import pathlib
 import string
 import sys
 import textwrap
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-import tensorflow as tf
 from absl import flags
 
 from experiments import figures, runner, terminal
-from experiments.arriving import arrivals, pieces, readable
-from keras_tbptt.client import Predict, Session
+from experiments.arriving import arrivals, pieces
+from experiments.exported import Point, load_stream, read
 
 flags.DEFINE_string(
     "model", "saved_models/imdb",
@@ -47,33 +43,18 @@ FLAGS = flags.FLAGS
 _INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 
 
-class Point(NamedTuple):
-    """The answer of the model after a piece.
-
-    Attributes:
-        words: int. How many words the model has run on.
-        probability: float.
-        seconds: float. Seconds since the start.
-        text: str. The piece, as a terminal may show it.
-    """
-
-    words: int
-    probability: float
-    seconds: float
-    text: str
-
-
 def main() -> None:
     """Runs until the text ends or until Ctrl-C, and writes the run directory."""
-    predict = load(newest_version(pathlib.Path(FLAGS.model)))
+    model = load_stream(pathlib.Path(FLAGS.model))
     descriptor = open_text(FLAGS.file)
     name = pathlib.Path(FLAGS.file or "stdin").stem
     directory = runner.RunDirectory("stream", name, resumable=False)
+    arrived = pieces(arrivals(descriptor), FLAGS.window, FLAGS.rate)
     points: list[Point] = []
     status = 0
     with shown(typed=os.isatty(descriptor)) as show:
         try:
-            for point in read(predict, pieces(arrivals(descriptor), FLAGS.window, FLAGS.rate)):
+            for point in read(model.predict, arrived):
                 points.append(point)
                 show(point)
         except KeyboardInterrupt:
@@ -90,65 +71,6 @@ def main() -> None:
             f"Received: an empty text from {FLAGS.file or 'standard input'}"
         )
     sys.exit(status)
-
-
-def newest_version(path: pathlib.Path) -> pathlib.Path:
-    """The version directory to load.
-
-    Args:
-        path: The directory of the model, or a version directory.
-
-    Raises:
-        RunError: If there is no version.
-    """
-    if not path.is_dir():
-        raise runner.RunError(
-            "There is no such model directory: give another one with --model, or export one with "
-            f"`python -m experiments.imdb`. Received: --model={path}"
-        )
-    if (path / "saved_model.pb").exists():
-        return path
-    versions = [p.parent for p in path.glob("*/saved_model.pb") if p.parent.name.isdigit()]
-    if not versions:
-        raise runner.RunError(
-            "The model directory holds no version: give another with --model, or export one with "
-            f"`python -m experiments.imdb`. Received: --model={path}"
-        )
-    return max(versions, key=lambda version: int(version.name))
-
-
-def load(version: pathlib.Path) -> Predict:
-    """Loads an exported model, as a function of inputs and the name of a signature.
-
-    Args:
-        version: The version directory.
-
-    Raises:
-        RunError: If it does not load, or has no `stream` signature from text to one probability.
-    """
-    try:
-        signatures = tf.saved_model.load(str(version)).signatures
-    except (OSError, ValueError, tf.errors.OpError) as error:
-        raise runner.RunError(
-            "The model does not load: export it again, or give another one with --model. "
-            f"Received: {version} ({str(error).splitlines()[0]})"
-        ) from error
-    stream = signatures.get("stream")
-    takes = stream.structured_input_signature[1] if stream else {}
-    gives = stream.structured_outputs if stream else {}
-    if "text" not in takes or "probability" not in gives or gives["probability"].shape[1:] != [1]:
-        raise runner.RunError(
-            "The model has no `stream` signature from text to one probability: export one that "
-            "ends in a single sigmoid, with its vectorizer (and last_step=True if it returns every "
-            "step), or give another one with --model. "
-            f"Received: {version} with the signatures {', '.join(sorted(signatures)) or 'none'}"
-        )
-
-    def predict(inputs: Any, signature: str = "serving_default") -> dict[str, np.ndarray]:
-        outputs = signatures[signature](**{k: tf.constant(v) for k, v in inputs.items()})
-        return {name: value.numpy() for name, value in outputs.items()}
-
-    return predict
 
 
 def open_text(path: str | None) -> int:
@@ -171,21 +93,6 @@ def open_text(path: str | None) -> int:
             "The file cannot be read: give another one with --file, or pipe a text in. "
             f"Received: --file={path} ({error.strerror})"
         ) from error
-
-
-def read(predict: Predict, pieces: Iterable[list[bytes]]) -> Iterator[Point]:
-    """Runs the model on one piece after the other, and yields a point for each.
-
-    Args:
-        predict: The function that `load` returns.
-        pieces: Lists of whole words.
-    """
-    session, words, began = Session(predict), 0, time.perf_counter()
-    for piece in pieces:
-        probability = session.send(b"".join(piece))["probability"]
-        words += len(piece)
-        seconds = round(time.perf_counter() - began, 3)
-        yield Point(words, probability.item(), seconds, readable(b"".join(piece)))
 
 
 @contextlib.contextmanager

@@ -36,6 +36,11 @@ def index() -> int:
     return int(task.get("index", 0)) + (chief and task.get("type") == "worker")
 
 
+def several() -> bool:
+    """Whether other processes train with this one, or will."""
+    return flags.FLAGS.workers > 1 or "TF_CONFIG" in os.environ
+
+
 def strategy() -> tf.distribute.Strategy | None:
     """What the flags and TF_CONFIG ask for; None for one device. Call it before anything else.
 

@@ -1,6 +1,8 @@
-"""What a model on several replicas cannot be compiled with."""
+"""What a model, or a model on several replicas, cannot be compiled with."""
 
 from __future__ import annotations
+
+import re
 
 import keras
 
@@ -8,6 +10,27 @@ from keras_tbptt import _keras
 from keras_tbptt._replicas import copies
 
 _OF_A_DEVICE = ("gradient_accumulation_steps", "ema_overwrite_frequency")
+
+
+def check_optimizer_keys(model: keras.Model) -> None:
+    """Refuses a `MultiOptimizer` of which an optimizer would update nothing.
+
+    Keras would give the weights that it was meant for to the default optimizer.
+
+    Args:
+        model: A compiled `TBPTTModel`.
+
+    Raises:
+        ValueError: If a key of its `OptimizerMap` is the path of no weight.
+    """
+    paths = [variable.path for variable in model.variables]
+    keys = _keras.keys_of_optimizers(model.optimizer)
+    wrong = [key for key in keys if not any(re.fullmatch(key, path) for path in paths)]
+    if wrong:
+        raise ValueError(
+            "Each key of an OptimizerMap must be the path of a weight or a pattern of paths, such "
+            f"as 'lstm/.*': give the layer that name. Received: {wrong}; the weights are {paths}"
+        )
 
 
 def check_optimizer(model: keras.Model) -> None:
@@ -22,17 +45,17 @@ def check_optimizer(model: keras.Model) -> None:
     optimizer, replicas = model.optimizer, model.replicas
     if optimizer is None:
         return
-    if _keras.strategy_of(optimizer) is not replicas.strategy:
+    every = _keras.unwrapped(optimizer)
+    if any(_keras.strategy_of(each) is not replicas.strategy for each in every):
         raise ValueError(
             "The optimizer does not belong to the strategy of the model: make it, and call "
             f"compile, within strategy.scope(). Received: {optimizer!r} of another scope"
         )
     if replicas.count == 1:
         return
-    inner = getattr(optimizer, "inner_optimizer", None)
     wrong = [
         f"{name}={value!r}"
-        for each in (optimizer, inner)
+        for each in every
         for name in _OF_A_DEVICE
         if (value := getattr(each, name, None))
     ]

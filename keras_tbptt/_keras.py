@@ -245,17 +245,53 @@ def apply_summed(
         gradients: Tensors, `tf.IndexedSlices` or None; the same on all replicas.
         variables: What they are the gradients of.
     """
-    inner = getattr(optimizer, "inner_optimizer", None) or optimizer
-    if "_all_reduce_sum_gradients" not in vars(inner):
-        usual = inner._all_reduce_sum_gradients
-        inner._all_reduce_sum_gradients = lambda pairs: (
-            list(pairs) if getattr(_SUMMED, "now", False) else usual(pairs)
-        )
+    for each in unwrapped(optimizer):
+        if "_all_reduce_sum_gradients" not in vars(each):
+            usual = each._all_reduce_sum_gradients
+            each._all_reduce_sum_gradients = lambda pairs, usual=usual: (
+                list(pairs) if getattr(_SUMMED, "now", False) else usual(pairs)
+            )
     _SUMMED.now = True
     try:
         optimizer.apply(gradients, variables)
     finally:
         _SUMMED.now = False
+
+
+def unwrapped(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
+    """An optimizer and those that it wraps, as `LossScaleOptimizer` and `MultiOptimizer` do.
+
+    Args:
+        optimizer: A `keras.optimizers.Optimizer`.
+
+    Returns:
+        The optimizers, outermost first.
+    """
+    inner = getattr(optimizer, "inner_optimizer", None)
+    inner = getattr(optimizer, "optimizers", ()) if inner is None else [inner]
+    return [optimizer, *(found for wrapped in inner for found in unwrapped(wrapped))]
+
+
+def optimizer_of(optimizer: keras.optimizers.Optimizer, variable: Any) -> Any:
+    """What updates a variable: one of the optimizers of a `MultiOptimizer`, or the optimizer.
+
+    Args:
+        optimizer: A built optimizer.
+        variable: One of the variables that it was built for.
+    """
+    if not isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        return optimizer
+    return optimizer.optimizers[optimizer._var_to_optimizer_idx[optimizer._var_key(variable)]]
+
+
+def keys_of_optimizers(optimizer: keras.optimizers.Optimizer) -> list[str]:
+    """The keys of the `OptimizerMap` of a `MultiOptimizer`; empty for others.
+
+    Args:
+        optimizer: An optimizer.
+    """
+    by_key = getattr(optimizer, "_optimizer_map", None)
+    return list(by_key) if isinstance(by_key, keras.optimizers.OptimizerMap) else []
 
 
 def strategy_of(optimizer: keras.optimizers.Optimizer) -> tf.distribute.Strategy:

@@ -136,7 +136,7 @@ def backpropagate(
     variables: Sequence[tf.Variable],
     states: Sequence[tf.Tensor],
     crossing: Sequence[float],
-    slices: bool = False,
+    slices: Sequence[bool],
 ) -> list[tf.Tensor | tf.IndexedSlices]:
     """The gradient of the losses of the windows kept, through the boundaries between them.
 
@@ -152,8 +152,8 @@ def backpropagate(
         states: Tensors in the shapes of the state.
         crossing: One factor per state tensor, by which the gradient is multiplied where it crosses
             a boundary.
-        slices: bool. Whether the gradient of a variable of which rows are gathered, such as an
-            embedding, becomes `tf.IndexedSlices` of the rows that are not zero, each once.
+        slices: For each variable, whether its gradient becomes `tf.IndexedSlices` of the rows that
+            are not zero, each once, if rows of it are gathered, as of an embedding.
 
     Returns:
         A tensor per variable, in the shape of the variable but for `slices`.
@@ -187,7 +187,7 @@ def backpropagate(
     zeros = [tf.zeros(variable.shape, variable.dtype) for variable in variables]
     upstream = [tf.zeros_like(state) for state in states]
     gradients, _ = history.walk_back(step, (zeros, upstream))
-    return [_nonzero(g) if slices and i in gathered else g for i, g in enumerate(gradients)]
+    return [_nonzero(g) if slices[i] and i in gathered else g for i, g in enumerate(gradients)]
 
 
 def _nonzero(gradient: tf.Tensor) -> tf.IndexedSlices:

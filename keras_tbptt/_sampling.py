@@ -37,6 +37,11 @@ class SamplesClasses(PredictsDocuments):
                     f"Received: layer {layer.name!r}, with other layers behind it"
                 )
 
+    @property
+    def uses_samples_alone(self) -> bool:
+        """Whether nothing in a training step uses the whole of an output that can be sampled."""
+        return type(self).compute_loss is SamplesClasses.compute_loss
+
     def compute_loss(
         self,
         x: Any = None,

@@ -17,7 +17,7 @@ from keras_tbptt._reporting import BatchLoss, batch_loss, penalty, uncounted_los
 from keras_tbptt._shares import any_counts
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.layers import ConcatPooling
-from keras_tbptt.layers._sampling_layer import mark_sampled, sampled_of, seen
+from keras_tbptt.layers._sampling_layer import mark_sampled, only_sampled, sampled_of, seen
 from keras_tbptt.losses import FINAL_LOSSES
 from keras_tbptt.optimizers import LazyAdam, sum_slices
 from keras_tbptt.state import (
@@ -103,7 +103,8 @@ def run_window(model: keras.Model, x: Mapping[str, tf.Tensor], training: bool) -
     Returns:
         The model's outputs.
     """
-    y_pred = call_masked(model, x["inputs"], training, _real_steps(model, x))
+    with only_sampled(training and model.uses_samples_alone):
+        y_pred = call_masked(model, x["inputs"], training, _real_steps(model, x))
     # Keras would weight the loss by the masks a second time.
     return keras.tree.map_structure(_without_mask, y_pred)
 
@@ -203,8 +204,10 @@ class OneWindow:
         gradients = tape.gradient(scaled, model.trainable_variables)
         # An embedding's gradient comes in a slice for each word. Keras's optimizers would square
         # slices of the same word one by one, and clip by them, instead of by their sum.
-        if not isinstance(model.optimizer, LazyAdam):
-            gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
+        gradients = [
+            g if g is None or lazy else tf.convert_to_tensor(g)
+            for g, lazy in zip(gradients, _lazy(model), strict=True)
+        ]
         _apply(model, gradients)
         return Found(seen(y_pred), loss)
 
@@ -291,7 +294,7 @@ class SeveralWindows:
                 [variable.value for variable in model.trainable_variables],
                 window["states"],
                 crossings,
-                slices=isinstance(model.optimizer, LazyAdam),
+                slices=_lazy(model),
             )
             _apply(model, gradients)
             if not self._sliding:
@@ -356,6 +359,12 @@ def _if(condition: bool | tf.Tensor, yes: Callable, no: Callable) -> Any:
     if isinstance(condition, bool):
         return yes() if condition else no()
     return tf.cond(condition, yes, no)
+
+
+def _lazy(model: keras.Model) -> list[bool]:
+    """For each variable, whether its optimizer updates only the rows that were used."""
+    optimizer, variables = model.optimizer, model.trainable_variables
+    return [isinstance(_keras.optimizer_of(optimizer, v), LazyAdam) for v in variables]
 
 
 def _apply(model: keras.Model, gradients: list[Any]) -> None:

@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
+from keras_tbptt._compiled import check_optimizer_keys
 from keras_tbptt._on_replicas import StepsOnReplicas, loss_metric
 from keras_tbptt._prediction import without_training
 from keras_tbptt._reach import WindowHistory, check_backprop_windows
@@ -219,10 +220,12 @@ class TBPTTModel(StepsOnReplicas):
 
         Raises:
             ValueError: If the windows do not fit the model, or have no labels, or the length of an
-                epoch of a stream is not known.
+                epoch of a stream is not known, or a key of an `OptimizerMap` is the path of no
+                weight.
             RecordError: If a record of a stream cannot be read.
             tf.errors.InvalidArgumentError: If the windows of a lane do not follow each other.
         """
+        check_optimizer_keys(self)
         source = _batches.source_of(x)
         dataset = _batches.as_dataset(x, self, learns=True)
         if isinstance(source, DocumentStream):

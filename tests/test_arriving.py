@@ -97,6 +97,7 @@ def test_silence_is_told_once_and_then_waited_for_without_work():
         (b" <br />It's\n", "It's"),
         (b"caf\xff \x1b[2Jnoir\x07 ", "caf\ufffd [2Jnoir"),
         ("\u202eé\u00a0電影".encode(), "é 電影"),
+        ("क्\u200dष 👩\u200d🚀".encode(), "क्\u200dष 👩\u200d🚀"),
     ],
 )
 def test_nothing_shown_is_obeyed_by_a_terminal(piece, text):

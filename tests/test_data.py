@@ -31,7 +31,7 @@ def test_the_parts_of_a_corpus_do_not_overlap():
 
 
 def test_auto_says_when_the_real_reviews_cannot_be_had(monkeypatch, caplog):
-    def unavailable(data_dir):
+    def unavailable(data_dir, splits):
         raise data.DataUnavailableError("not here")
 
     monkeypatch.setattr(data, "_load_imdb_reviews", unavailable)

@@ -101,3 +101,74 @@ def test_it_is_saved_and_loaded_with_its_model(tmp_path):
 def test_amsgrad_is_refused():
     with pytest.raises(ValueError, match="Received: amsgrad=True"):
         LazyAdam(amsgrad=True)
+
+
+def by_layer(factor=0.5, make=LazyAdam):
+    """The embedding and the recurrent layer learn more slowly than the head."""
+    below = {"embedding.*": make(0.1 * factor**2), "lstm.*": make(0.1 * factor)}
+    return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(make(0.1), below))
+
+
+def train_with(optimizer, **kwargs):
+    windows = keras_tbptt.DocumentWindows(
+        random_documents(), random_labels(), window=5, lanes=4, packing="aligned"
+    )
+    model = compiled(token_model(**kwargs), optimizer)
+    model.fit(windows, epochs=2, verbose=0)
+    return model
+
+
+@pytest.mark.parametrize("reach", [1, 2])
+def test_optimizers_of_one_rate_for_each_layer_are_one_optimizer(reach):
+    one, several = (
+        train_with(optimizer, backprop_windows=reach)
+        for optimizer in (LazyAdam(0.1), by_layer(factor=1.0))
+    )
+    for expected, got in zip(one.get_weights(), several.get_weights(), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_a_layer_learns_at_the_rate_of_its_own():
+    """SGD moves each weight by its rate times a gradient that is the same in the first step."""
+    rates = {"embedding": 0.01, "lstm": 0.1, "dense": 1.0}
+    windows = keras_tbptt.DocumentWindows([[1, 2, 3]] * 4, [0, 1, 1, 1], window=5, lanes=4)
+    moved = []
+    for optimizer in (
+        keras.optimizers.SGD(1.0),
+        by_layer(0.1, lambda r: keras.optimizers.SGD(10 * r)),
+    ):
+        model = compiled(token_model(), optimizer)
+        before = model.get_weights()
+        model.fit(windows, verbose=0)
+        moved.append([new - old for new, old in zip(model.get_weights(), before, strict=True)])
+    for variable, one, own in zip(model.weights, *moved, strict=True):
+        rate = next(rate for name, rate in rates.items() if variable.path.startswith(name))
+        np.testing.assert_allclose(own, rate * one, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("reach", [1, 2])
+def test_lazy_adam_is_lazy_among_other_optimizers(reach):
+    optimizers = keras.optimizers.OptimizerMap(keras.optimizers.Adam(), {"embedding.*": LazyAdam()})
+    model = train_with(keras.optimizers.MultiOptimizer(optimizers), backprop_windows=reach)
+    before = model.layers[1].get_weights()[0]
+    windows = keras_tbptt.DocumentWindows([[1, 2, 1, 3]] * 4, [0, 1, 0, 1], window=5, lanes=4)
+    model.fit(windows, verbose=0)
+    moved = (model.layers[1].get_weights()[0] != before).any(axis=1)
+    assert moved[[1, 2, 3]].all() and not moved[4:].any()
+
+
+def test_optimizers_of_layers_are_saved_with_their_model(tmp_path):
+    model = train_with(by_layer())
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    windows = keras_tbptt.DocumentWindows(random_documents(), random_labels(), window=5, lanes=4)
+    for one in (model, loaded):
+        one.fit(windows, verbose=0)
+    for expected, got in zip(model.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_an_optimizer_of_no_layer_is_refused():
+    optimizers = keras.optimizers.OptimizerMap(LazyAdam(), {"lstn/.*": LazyAdam()})
+    with pytest.raises(ValueError, match=r"'lstm/\.\*': give .*Received: \['lstn/\.\*'\]"):
+        train_with(keras.optimizers.MultiOptimizer(optimizers))

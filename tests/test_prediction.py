@@ -109,3 +109,19 @@ def test_the_same_windows_for_other_lanes():
     streams = keras_tbptt.DocumentWindows.next_step(np.arange(50), window=5, lanes=4)
     with pytest.raises(ValueError, match="anew, with other lanes"):
         streams.with_lanes(2)
+
+
+def test_a_nested_model_and_statistics_are_the_same_in_more_lanes(resized):
+    keras.utils.set_random_seed(0)
+    normalization = L.Normalization()
+    normalization.adapt(np.random.default_rng(0).normal(3, 2, (50, 2)).astype("float32"))
+    steps = keras.Input((5, 2), batch_size=1)
+    below = keras.Model(steps, L.Dense(4, activation="tanh")(normalization(steps)))
+    features = keras.Input(batch_shape=(1, 5, 2))
+    x = keras_tbptt.layers.LSTM(3, stateful=True)(below(features))
+    model = keras_tbptt.TBPTTModel(features, L.Dense(1)(x))
+    documents = random_documents(count=120, features=2)
+    few = model.predict_documents(documents)
+    many = model.predict_documents(documents * 2)
+    assert len(resized) == 1
+    np.testing.assert_allclose(many, np.tile(few, (2, 1)), atol=1e-6)

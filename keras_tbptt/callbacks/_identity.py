@@ -14,6 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_tbptt._keras import unwrapped
 from keras_tbptt.data._source import WindowSource
 
 _COMPILED = ("loss", "loss_weights", "metrics", "weighted_metrics")
@@ -59,20 +60,6 @@ def optimizer_configs(model: keras.Model) -> list[dict[str, Any]]:
         config = config or {"class_name": type(optimizer).__name__}
         configs.append({name: v for name, v in config.items() if name not in _WRAPPED})
     return configs
-
-
-def unwrapped(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
-    """An optimizer and those that it wraps, as `LossScaleOptimizer` and `MultiOptimizer` do.
-
-    Args:
-        optimizer: A built `keras.optimizers.Optimizer`.
-
-    Returns:
-        The optimizers, outermost first.
-    """
-    inner = getattr(optimizer, "inner_optimizer", None)
-    inner = getattr(optimizer, "optimizers", ()) if inner is None else [inner]
-    return [optimizer, *(found for wrapped in inner for found in unwrapped(wrapped))]
 
 
 def learning_rates(model: keras.Model) -> list[keras.Variable | None]:

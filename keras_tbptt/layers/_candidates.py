@@ -8,6 +8,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt.layers._cpu_loop import first_order_only
+
+# The logits of so many rows and a thousand candidates fit into the cache of a core.
+_ROWS_PER_GROUP = 1024
+
 
 class LogUniform:
     """Draws distinct classes: class k with a chance that falls as 1 / (k + 1).
@@ -85,11 +90,13 @@ def candidate_logits(
     candidates: tf.Tensor,
     sampler: LogUniform,
 ) -> tf.Tensor:
-    """Logits of the target and the candidates. Their softmax loss is the sampled one.
+    """The logit of the target, and one for all candidates. Their softmax loss is the sampled one.
 
-    These are the logits inside `tf.nn.sampled_softmax_loss(..., remove_accidental_hits=True)`,
-    which returns the loss alone. With them, Keras's own loss can be taken, with its weights and
-    reduction. Kernel and bias get `tf.IndexedSlices` as gradients.
+    The second logit is the log of the sum of the exponentials of the candidates' logits, so a
+    softmax of the two gives the target the probability that a softmax of them all would. The loss
+    is that of `tf.nn.sampled_softmax_loss(..., remove_accidental_hits=True)`, which returns the
+    loss alone. With logits, Keras's own loss can be taken, with its weights and reduction. Kernel
+    and bias get `tf.IndexedSlices` as gradients.
 
     Args:
         inputs: Float tensor `[rows, units]`.
@@ -100,7 +107,7 @@ def candidate_logits(
         sampler: What drew the candidates.
 
     Returns:
-        float32 `[rows, 1 + S]`: first the target, then the candidates.
+        float32 `[rows, 2]`: first the target, then the candidates.
     """
     # Gathered from the variables themselves, so that their gradients come in slices.
     table = kernel.value if isinstance(kernel, keras.Variable) else kernel
@@ -112,6 +119,53 @@ def candidate_logits(
         own_shift += tf.cast(tf.gather(bias.value, targets), "float32")
         shift += tf.cast(tf.gather(bias.value, candidates), "float32")
     target = tf.reduce_sum(tf.cast(inputs * own, "float32"), axis=-1) + own_shift
-    logits = tf.cast(tf.matmul(inputs, others, transpose_b=True), "float32") + shift
-    is_target = targets[:, None] == candidates
-    return tf.concat([target[:, None], tf.where(is_target, -1e9, logits)], axis=1)
+    sizes = _group_sizes(inputs.shape[0])
+    groups = zip(tf.split(inputs, sizes), tf.split(targets, sizes), strict=True)
+    rest = [_log_sum_exp(x, others, shift, of_x, candidates) for x, of_x in groups]
+    return tf.stack([target, tf.concat(rest, axis=0)], axis=1)
+
+
+def _group_sizes(rows: int | None) -> list[int] | int:
+    """Rows in groups that stay in a cache and run side by side; one group if a GPU runs them."""
+    if rows is None or tf.config.list_logical_devices("GPU"):
+        return 1
+    groups = -(-rows // _ROWS_PER_GROUP)
+    return [rows // groups + (g < rows % groups) for g in range(groups)]
+
+
+@tf.custom_gradient
+def _log_sum_exp(
+    inputs: tf.Tensor, kernel: tf.Tensor, shift: tf.Tensor, targets: tf.Tensor, classes: tf.Tensor
+) -> tuple:
+    """The log of the sum of the exponentials of all logits of a row but the target's.
+
+    Gradients of a softmax need several arrays of the size of the logits. This needs one.
+
+    Args:
+        inputs: `[rows, units]`.
+        kernel: `[S, units]`.
+        shift: float32 `[S]`. What is added to the logits.
+        targets: Integers `[rows]`.
+        classes: Integers `[S]`.
+
+    Returns:
+        float32 `[rows]`, and its gradient.
+    """
+    logits = tf.cast(tf.matmul(inputs, kernel, transpose_b=True), "float32") + shift
+    logits = tf.where(targets[:, None] == classes, -1e9, logits)
+    highest = tf.reduce_max(logits, axis=1, keepdims=True)
+    parts = tf.exp(logits - highest)
+    total = tf.reduce_sum(parts, axis=1, keepdims=True)
+
+    def gradient(upstream: tf.Tensor) -> list[tf.Tensor | None]:
+        scale = upstream[:, None] / total
+        chances = tf.cast(parts, inputs.dtype)
+        # Rows of the small factors are scaled, instead of rows of all chances.
+        dinputs = scale * tf.cast(tf.matmul(chances, kernel), "float32")
+        scaled = tf.cast(scale * tf.cast(inputs, "float32"), inputs.dtype)
+        dkernel = tf.matmul(chances, scaled, transpose_a=True)
+        dshift = tf.matmul(scale, parts, transpose_a=True)[0]
+        found = (tf.cast(dinputs, inputs.dtype), dkernel, dshift)
+        return [*map(first_order_only, found), None, None]
+
+    return (highest + tf.math.log(total))[:, 0], gradient

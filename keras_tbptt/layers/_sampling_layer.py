@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from keras_tbptt.layers._candidates import LogUniform, candidate_logits
+
+# Each replica of a process traces its step in a thread of its own.
+_SAMPLED = threading.local()
 
 
 class Sampled(NamedTuple):
@@ -18,13 +24,13 @@ class Sampled(NamedTuple):
     seed: tf.Tensor
 
     def outputs(self, targets: tf.Tensor) -> tf.Tensor:
-        """The output for the target, which comes first, and for the classes of the sample.
+        """The output for the target, which comes first, and for all classes of the sample together.
 
         Args:
             targets: Class indices `[...]` or `[..., 1]`.
 
         Returns:
-            float32 `[..., 1 + S]`: probabilities or logits, as the layer gives them.
+            float32 `[..., 2]`: probabilities or logits, as the layer gives them.
         """
         return self.layer.sampled_outputs(self.inputs, targets, self.seed)
 
@@ -62,6 +68,23 @@ def seen(y_pred: Any) -> Any:
     return keras.tree.map_structure(lambda output: None if sampled_of(output) else output, y_pred)
 
 
+@contextlib.contextmanager
+def only_sampled(only: bool) -> Iterator[None]:
+    """Within this context, outputs that can be sampled are zeros: nothing uses them.
+
+    TensorFlow leaves out the product with all classes by itself, but not the copy of the kernel
+    that it reads for it, because the optimizer writes to the kernel later on.
+
+    Args:
+        only: bool. Whether that is so.
+    """
+    before, _SAMPLED.only = getattr(_SAMPLED, "only", False), only
+    try:
+        yield
+    finally:
+        _SAMPLED.only = before
+
+
 class SamplingLayer(keras.layers.Layer):
     """A layer whose output of a training step can be computed for a sample of its classes."""
 
@@ -85,15 +108,23 @@ class SamplingLayer(keras.layers.Layer):
         """`[classes, units]`, and `[classes]` or None."""
         raise NotImplementedError
 
-    def _activated(self, logits: tf.Tensor, inputs: tf.Tensor, training: bool | None) -> Any:
-        outputs = self.activation(logits)
+    def _outputs(
+        self, logits: Callable[[], tf.Tensor], inputs: tf.Tensor, training: bool | None
+    ) -> tf.Tensor:
         if not training or self._sampler is None:
-            return outputs
+            return self.activation(logits())
         # Drawn here, as dropout is: a window that runs again then has the same candidates.
-        return mark_sampled(outputs, Sampled(self, inputs, self.seed_generator.next()))
+        sampled = Sampled(self, inputs, self.seed_generator.next())
+        if getattr(_SAMPLED, "only", False):
+            shape = tf.concat([tf.shape(inputs)[:-1], [self._classes]], axis=0)
+            unused = tf.zeros(shape, inputs.dtype)
+            return mark_sampled(
+                tf.ensure_shape(unused, [*inputs.shape[:-1], self._classes]), sampled
+            )
+        return mark_sampled(self.activation(logits()), sampled)
 
     def sampled_outputs(self, inputs: tf.Tensor, targets: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        """The layer's output for the target, which comes first, and for a sample of classes.
+        """The layer's output for the target, which comes first, and for a sample of classes as one.
 
         Args:
             inputs: Float tensor `[..., units]`.
@@ -101,7 +132,7 @@ class SamplingLayer(keras.layers.Layer):
             seed: Integers `[2]`. What the sample is drawn from.
 
         Returns:
-            float32 `[..., 1 + S]`.
+            float32 `[..., 2]`.
 
         Raises:
             ValueError: If the targets are not one class index for each row of the inputs.

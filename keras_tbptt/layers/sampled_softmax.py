@@ -118,10 +118,12 @@ class SampledSoftmax(SamplingLayer):
             inputs: Float tensor `[..., units]`.
             training: Optional bool.
         """
-        logits = keras.ops.matmul(inputs, keras.ops.transpose(self.kernel))
-        if self.bias is not None:
-            logits = keras.ops.add(logits, self.bias)
-        return self._activated(logits, inputs, training)
+
+        def logits() -> tf.Tensor:
+            product = keras.ops.matmul(inputs, keras.ops.transpose(self.kernel))
+            return product if self.bias is None else keras.ops.add(product, self.bias)
+
+        return self._outputs(logits, inputs, training)
 
     def compute_output_shape(self, shape: tuple) -> tuple:
         """`(..., classes)`.
@@ -219,10 +221,11 @@ class SampledReversibleEmbedding(SamplingLayer, keras.layers.ReversibleEmbedding
             reverse: bool. Whether the layer is called as the output of the model.
             training: Optional bool.
         """
-        outputs = super().call(inputs, reverse=reverse)
+        call = super().call
         if not reverse:
-            return outputs
-        return self._activated(outputs, keras.ops.cast(inputs, outputs.dtype), training)
+            return call(inputs)
+        inputs = keras.ops.cast(inputs, self.compute_dtype)
+        return self._outputs(lambda: call(inputs, reverse=True), inputs, training)
 
     def compute_output_spec(
         self, inputs: Any, reverse: bool = False, training: bool | None = None

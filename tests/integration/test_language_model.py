@@ -6,6 +6,8 @@ import math
 import numpy as np
 from integration.several import several
 
+from experiments.exported import Exported, continued
+
 SMALL = [
     "--units=16", "--embedding_dim=8", "--lanes=4", "--window=10", "--epochs=2",
     "--dynamic_rate=0.3", "--steps_per_execution=2",
@@ -30,7 +32,7 @@ def test_models_of_characters_and_words_are_trained_and_tested(tmp_path):
     files = write_texts(tmp_path)
     word = ["--unit=word", "--cell=gru", "--layers=2", "--tied", "--embedding_dim=16"]
     runs = [
-        [*SMALL, *files, f"--run_dir={tmp_path}/char"],
+        [*SMALL, *files, f"--run_dir={tmp_path}/char", f"--export_dir={tmp_path}/exported"],
         [*SMALL, *files, *word, f"--run_dir={tmp_path}/word"],
     ]
     for status, printed, errors in several("experiments.language_model", runs, cwd=tmp_path):
@@ -50,6 +52,11 @@ def test_models_of_characters_and_words_are_trained_and_tested(tmp_path):
     for unit in ("char", "word"):
         for figure in ("learning_curve", "surprise"):
             assert (tmp_path / unit / f"{figure}.png").stat().st_size > 5_000
+    model = Exported(tmp_path / "exported")
+    assert str(model.version) == char["export_path"] and word["export_path"] is None
+    written = continued(model, "The sky", steps=20, temperature=0.8, seed=0)
+    assert len(written) == 20 and set(written) <= set("The sky sea sun is blue green red.\n")
+    assert written == continued(model, "The sky", steps=20, temperature=0.8, seed=0)
     again = [[*runs[0], "--resume"]]
     ((status, printed, errors),) = several("experiments.language_model", again, cwd=tmp_path)
     assert status == 0 and "complete" in printed, errors

@@ -235,6 +235,31 @@ def test_the_product_with_all_classes_is_not_computed_in_training(kwargs):
     assert calls
 
 
+def test_a_training_step_does_not_read_the_whole_kernel():
+    """TensorFlow would copy it, because the optimizer writes to it later on."""
+    model = compiled(language_model(), LazyAdam(0.02))
+    data = next_words()
+    model.fit(data, verbose=0)
+    batch = next(iter(data.dataset(flags=True)))
+    graph = tf.function(model.train_step).get_concrete_function(batch).graph
+    handle = next(i for e, i in graph.captures if e is model.layers[-1].kernel.value.handle)
+    assert {op.type for op in handle.consumers()} >= {"ResourceGather", "ResourceScatterSub"}
+    assert "ReadVariableOp" not in {op.type for op in handle.consumers()}
+
+
+def test_a_loss_of_ones_own_sees_the_exact_output():
+    seen = []
+
+    class Own(TBPTTModel):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            seen.append(np.asarray(y_pred))
+            return tf.reduce_sum(y_pred) * 0.0
+
+    model = compiled(language_model(cls=Own), keras.optimizers.SGD(0.0), run_eagerly=True)
+    model.fit(next_words(), verbose=0)
+    np.testing.assert_allclose(np.sum(seen, axis=-1), 1, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"run_eagerly": True}])
 @pytest.mark.parametrize("build", [language_model, tied_model])
 def test_a_training_step_takes_tensorflows_loss(build, kwargs):
