@@ -59,16 +59,18 @@ class Watched:
         Args:
             points: The answer of the model after each of them.
         """
-        spans = []
+        shown = []
         for point in points:
             before = self._moves[-1].after if self._moves else START
             move = Move(before, point.probability, point.text)
             self._moves.append(move)
-            spans.append(
-                f'<span class="{depth(move.change)}" '
-                f'title="{move.before:.4f} to {move.after:.4f}">{escaped(move.text)}</span> '
-            )
-        self.words += "".join(spans)
+            word, colour = escaped(move.text), depth(move.change)
+            # Most words have no colour. A page of plain text is much faster than one of elements.
+            if colour:
+                title = f"{move.before:.4f} to {move.after:.4f}"
+                word = f'<span class="{colour}" title="{title}">{word}</span>'
+            shown.append(f"{word} ")
+        self.words += "".join(shown)
 
     def verdict(self) -> str:
         """HTML of the latest probability, with the words that moved it most."""

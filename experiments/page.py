@@ -65,12 +65,25 @@ EXAMPLES = {
         "two old players are wonderful."
     ),
 }
+# The words of a long text are not drawn anew for each new word: what is new is appended.
+_APPEND = """
+let before = "";
+watch("value", () => {
+  const words = element.querySelector(".words"), now = props.value || "";
+  if (before && now.startsWith(before)) {
+    words.insertAdjacentHTML("beforeend", now.slice(before.length));
+  } else {
+    words.innerHTML = now;
+  }
+  before = now;
+});
+"""
 _MEANING = (
     "A word in <span class='up3'>blue, underlined,</span> raised the probability. A word in "
     "<span class='down3'>orange, dotted,</span> lowered it. The deeper the colour, the larger the "
     f"change; the deepest is a change of {coloured.DEPTHS[-1]} or more. The first word is compared "
-    f"with {coloured.START}. Each word says on a mouse-over what the probability was before and "
-    "after it."
+    f"with {coloured.START}. A colour says when the model moved, which may be some words after its "
+    "reason. A mouse over a coloured word shows the probability before and after it."
 )
 
 
@@ -205,7 +218,8 @@ def _add_watch(models: dict[str, Exported]) -> None:
                     gr.HTML(f"<b>{coloured.escaped(name)}</b>")
                 outputs.append(
                     gr.HTML(
-                        html_template='<p class="words" dir="auto">${value}</p>',
+                        html_template='<p class="words" dir="auto"></p>',
+                        js_on_load=_APPEND,
                         elem_id=f"words{number}",
                         max_height=400,
                         autoscroll=True,
