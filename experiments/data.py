@@ -20,6 +20,7 @@ _ARCHIVE = "aclImdb"
 _URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 GENERATED_TRAIN, GENERATED_TEST = 6_000, 2_000
 GENERATED_UNLABELLED = 6_000
+HELD_OUT = 500
 _NEVER_A_TEST_SEED = 1_000_000
 
 
@@ -91,7 +92,7 @@ def load(data: str, data_dir: str | None, limit: int | None, valid: float, seed:
 
 
 def load_texts(
-    data: str, data_dir: str | None, limit: int | None, held_out: int, seed: int
+    data: str, data_dir: str | None, limit: int | None, held_out: int | None, seed: int
 ) -> Texts:
     """Loads texts to train a language model on: the training reviews and the unlabelled ones.
 
@@ -102,8 +103,9 @@ def load_texts(
         data: As in `load`.
         data_dir: As in `load`.
         limit: As in `load`, of training and of unlabelled reviews.
-        held_out: The number of unlabelled reviews that are not trained on. They are evenly spaced,
-            so every seed, window and size has the same ones.
+        held_out: The number of unlabelled reviews that are not trained on. None is 500, or a tenth
+            of the unlabelled reviews if that is less. They are evenly spaced, so every seed,
+            window and size has the same ones.
         seed: The seed of generated reviews.
 
     Returns:
@@ -121,6 +123,8 @@ def load_texts(
 
     name, splits = _real_or_generated(data, data_dir, ["train", "unsupervised"], generate)
     labelled, unlabelled = (split.texts[:limit] for split in splits)
+    if held_out is None:
+        held_out = min(HELD_OUT, max(1, len(unlabelled) // 10))
     if not 0 < held_out <= len(unlabelled) // 2:
         raise ValueError(
             "At least one and at most half of the unlabelled reviews can be held out. "

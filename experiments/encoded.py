@@ -96,7 +96,7 @@ def load_texts(
     name: str,
     data_dir: str | None,
     limit: int | None,
-    held_out: int,
+    held_out: int | None,
     seed: int,
     vocab_size: int,
     cache_dir: str,

@@ -13,7 +13,7 @@ import keras
 from absl import flags
 
 import keras_tbptt
-from experiments import encoder, runner, workers
+from experiments import data, encoded, encoder, runner, workers
 
 flags.DEFINE_string(
     "pretrained", None, "Directory of an encoder, which `python -m experiments.pretrain` saves. "
@@ -120,6 +120,35 @@ def _trained() -> pathlib.Path:
             f"resumes. Received: exit code {code}"
         )
     return run / "encoder"
+
+
+def load_corpus(pretrained: encoder.Encoder | None) -> encoded.Encoded:
+    """The reviews as ids of the words of an encoder or, from scratch, of the training reviews.
+
+    Args:
+        pretrained: The encoder, if there is one.
+
+    Raises:
+        RunError: If they cannot be had, or the encoder was trained on others.
+    """
+    try:
+        corpus = encoded.load(
+            FLAGS.data,
+            FLAGS.data_dir,
+            FLAGS.limit,
+            FLAGS.validation,
+            FLAGS.seed,
+            pretrained.vectorizer if pretrained else FLAGS.vocab_size,
+            FLAGS.cache_dir,
+        )
+    except data.DataUnavailableError as error:
+        raise runner.RunError(str(error)) from error
+    if pretrained and pretrained.about["dataset"] != corpus.name:
+        raise runner.RunError(
+            "The encoder was trained on other reviews: give the same --data. "
+            f"Received: {corpus.name}; the encoder has {pretrained.about['dataset']}"
+        )
+    return corpus
 
 
 def transfer(found: encoder.Encoder, model: keras_tbptt.TBPTTModel) -> None:

@@ -178,25 +178,15 @@ def main() -> None:
     if FLAGS.stream_dir:
         check_streams(pathlib.Path(FLAGS.stream_dir))
     if FLAGS.workers > 1 and "TF_CONFIG" not in os.environ:
+        finetune.encoder_of_flags()  # the sizes belong to the flags of the run
         directory = run_directory()
         if directory is not None:
             workers.launch(directory)
         return
-    pretrained = finetune.encoder_of_flags()
     strategy, first = workers.strategy(), workers.index() == 0
+    pretrained = finetune.encoder_of_flags()
     keras.utils.set_random_seed(FLAGS.seed)
-    try:
-        corpus = encoded.load(
-            FLAGS.data,
-            FLAGS.data_dir,
-            FLAGS.limit,
-            FLAGS.validation,
-            FLAGS.seed,
-            pretrained.vectorizer if pretrained else FLAGS.vocab_size,
-            FLAGS.cache_dir,
-        )
-    except data.DataUnavailableError as error:
-        raise runner.RunError(str(error)) from error
+    corpus = finetune.load_corpus(pretrained)
     directory = run_directory()
     if directory is None:
         return

@@ -38,7 +38,10 @@ flags.DEFINE_float(
 flags.DEFINE_float("clip", 1.0, "The largest norm of the gradient of a weight.", 0)
 flags.DEFINE_float("dropout", 0.0, "Dropout rate of the LSTM's outputs.", 0, 0.99)
 flags.DEFINE_float("word_dropout", 0.0, "Dropout rate of whole words.", 0, 0.99)
-flags.DEFINE_integer("held_out", 500, "Unlabelled reviews for the perplexity.", 1)
+flags.DEFINE_integer(
+    "held_out", None, "Unlabelled reviews for the perplexity. If not given, 500, or a tenth if "
+    "that is less.", 1
+)  # fmt: skip
 flags.DEFINE_enum(
     "precision", "float32", runner.PRECISIONS,
     "Operands of the LSTM's matrix products. `auto` is bfloat16 where the processor multiplies it "

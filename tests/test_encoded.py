@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import data, encoded
+from keras_tbptt import text
 
 TEXTS = np.array(["a good film", "bad", "not good at all", "a bad film"], object)
 
@@ -31,9 +32,9 @@ def load(folder, cache_dir, name="auto", vocab_size=20):
     return encoded.load(name, str(folder.parents[2]), None, 0.1, 0, vocab_size, str(cache_dir))
 
 
-def assert_same(one, other):
+def assert_same(one, other, splits=encoded.SPLITS):
     assert one.name == other.name
-    for split in encoded.SPLITS:
+    for split in splits:
         for name, array in vars(one.splits[split]).items():
             np.testing.assert_array_equal(array, getattr(other.splits[split], name), strict=True)
     np.testing.assert_array_equal(
@@ -58,6 +59,46 @@ def test_what_is_kept_belongs_to_files_and_arguments(prepared, tmp_path):
     os.utime(folder / "train.tfrecord", ns=(1, 1))
     load(folder, tmp_path / "cache")
     assert len(calls) == 3
+
+
+def test_what_is_kept_belongs_to_the_vocabulary_of_an_encoder(prepared, tmp_path):
+    folder, calls = prepared
+    for words in (["good", "film"], ["bad", "film"], ["good", "film"]):
+        vectorizer = text.make_vectorizer([" ".join(words)], standardize=text.standardize)
+        corpus = load(folder, tmp_path / "cache", vocab_size=vectorizer)
+        assert corpus.vectorizer.get_vocabulary() == vectorizer.get_vocabulary()
+        ids = vectorizer(["a good film"]).flat_values
+        np.testing.assert_array_equal(corpus.splits["train"].ids[:3], ids)
+    assert len(calls) == 2
+
+
+def test_texts_of_a_language_model_have_no_labels_and_two_words(tmp_path, monkeypatch):
+    train = np.array(["a good film", "bad", "not good at all", "the test is not here"], object)
+    unlabelled = np.array([f"film {i}" for i in range(6)], object)
+    asked = []
+
+    def read(data_dir, splits):
+        asked.extend(splits)
+        labels = np.zeros(4, "int32"), np.full(6, -1, "int32")
+        return [data.Split(*each) for each in zip((train, unlabelled), labels, strict=True)]
+
+    monkeypatch.setattr(data, "_load_imdb_reviews", read)
+    folder = tmp_path / "imdb_reviews/plain_text/1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "train.tfrecord").write_bytes(b"records")
+    arguments = "imdb_reviews", str(tmp_path), None
+    first, second = (
+        encoded.load_texts(*arguments, 2, seed, 50, str(tmp_path / "cache")) for seed in (0, 1)
+    )
+    assert asked == ["train", "unsupervised"]  # no test, and no second time for another seed
+    assert_same(first, second, encoded.TEXT_SPLITS)
+    lengths = {name: np.diff(split.offsets).tolist() for name, split in first.splits.items()}
+    assert lengths == {"train": [3, 4, 5, 2, 2, 2, 2], "valid": [2, 2]}
+    words = first.vectorizer.get_vocabulary()
+    assert "1" in words and "0" not in words and "5" not in words  # the held-out are the ends
+    assert words[2] == "film"
+    with pytest.raises(ValueError, match=r"at most half .* Received: 4 of 6 reviews"):
+        encoded.load_texts(*arguments, 4, 0, 50, "")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", None])

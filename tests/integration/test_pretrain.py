@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from integration.several import several
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SMALL = [
@@ -51,3 +52,91 @@ def test_killed_and_resumed_it_saves_the_same_encoder_to_the_bit(wait, tmp_path)
     assert (about["units"], about["embedding_dim"], about["vocabulary"]) == (8, 8, 50)
     output = finish(start(*flags, f"--run_dir={tmp_path}/run"))
     assert "This run is complete." in output
+
+
+def test_one_command_trains_the_encoder_and_the_classifier_that_starts_from_it(tmp_path):
+    small = [
+        *("--data=generated", "--limit=60", "--lanes=8", "--units=8", "--embedding_dim=8"),
+        *("--vocab_size=50", "--window=10", "--export_dir=", "--pretrain_epochs=1", "--epochs=2"),
+    ]
+    rates = ["--layer_decay=2.6", "--unfreeze_epochs=0.5"]
+    more = {"plain": [], "pooled": ["--window_loss=pooled"], "gain": ["--window_loss=linear_gain"]}
+    more["rates"] = rates
+    runs = [
+        [*small, "--pretrain", *flags, f"--run_dir={tmp_path}/{name}"]
+        for name, flags in more.items()
+    ]
+    results = several("experiments.imdb", runs, cwd=tmp_path)
+    for status, printed, errors in results:
+        assert status == 0, errors
+        assert "perplexity" in printed
+    (encoder,) = tmp_path.glob("runs/pretrain/*/encoder")
+    assert "experiments.pretrain" in results[0][1] and "This run is complete." in results[1][1]
+    about = json.loads((encoder / "encoder.json").read_text())
+    for name in more:
+        found = json.loads((tmp_path / name / "results.json").read_text())
+        assert found["pretrained"] == about and len(found["epochs"]) == 2
+
+    given = [f"--pretrained={encoder}", "--data=generated", "--limit=60", "--export_dir="]
+    others = ["--lanes=8", "--window=10", "--epochs=2"]
+    errors = [
+        ([*given, "--units=16"], "leave out --units. Received: --units=16; the encoder has 8"),
+        ([*given, "--pretrain"], "Received: --pretrain --pretrained="),
+        ([*given, "--unfreeze_epochs=1"], "Received: --unfreeze_epochs=1.0 --epochs=2"),
+        ([*given, "--pretrain", "--pretrained=", "--workers=2"], "Several workers cannot"),
+        ([f"--pretrained={tmp_path}/plain", *given[1:]], "does not hold an encoder"),
+        ([*given[1:], "--layer_decay=2"], "give --pretrained or --pretrain"),
+    ]
+    (tmp_path / "damaged").mkdir()
+    for file in encoder.iterdir():
+        content = file.read_bytes()
+        (tmp_path / "damaged" / file.name).write_bytes(
+            content[:-9] if "npz" in file.name else content
+        )
+    errors.append(([f"--pretrained={tmp_path}/damaged", *given[1:]], "another checksum"))
+    before = sorted(tmp_path.rglob("*"))
+    runs = [[*others, *flags] for flags, _ in errors] + [
+        # A complete run is one with the sizes of the encoder.
+        [*others, *given, *rates, f"--run_dir={tmp_path}/rates2"],
+        [*others, *given, *rates, f"--run_dir={tmp_path}/rates2", "--resume"],
+    ]
+    *refused, first, again = several("experiments.imdb", runs, cwd=tmp_path)
+    for (flags, message), (status, _, printed) in zip(errors, refused, strict=True):
+        assert status != 0, flags
+        assert message in printed and "Traceback" not in printed, (flags, printed)
+    assert first[0] == again[0] == 0 and "This run is complete." in again[1], again[2]
+    one, two = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("rates", "rates2")
+    )
+    assert one["test_loss"] == two["test_loss"]
+    assert {p for p in sorted(tmp_path.rglob("*")) if "rates2" not in str(p)} == set(before)
+
+
+def test_a_classifier_with_rates_by_layer_is_resumed_to_the_bit(tmp_path):
+    finish(start(*SMALL, "--epochs=1", f"--run_dir={tmp_path}/language"))
+    flags = [
+        *(
+            "--data=generated",
+            "--limit=60",
+            "--lanes=8",
+            "--window=10",
+            "--export_dir=",
+            "--resume",
+        ),
+        *("--layer_decay=2.6", "--unfreeze_epochs=0.5", "--backup_seconds=0", "--epochs=3"),
+        f"--pretrained={tmp_path}/language/encoder",
+    ]
+    finish(start(*flags, f"--run_dir={tmp_path}/whole", module="experiments.imdb"))
+    process = start(*flags, f"--run_dir={tmp_path}/run", module="experiments.imdb")
+    while not any((tmp_path / "run/backup").glob("epoch-*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finish(start(*flags, f"--run_dir={tmp_path}/run", module="experiments.imdb"))
+    sums = [
+        (max((tmp_path / name / "backup").glob("epoch-*")) / "SHA256SUMS").read_text().split()
+        for name in ("whole", "run")
+    ]
+    variables = [of[of.index("variables.data-00000-of-00001") - 1] for of in sums]
+    assert variables[0] == variables[1]

@@ -114,6 +114,11 @@ def compare(scope, data=None, optimizer=None, steps_per_execution=1, **kwargs):
     }
 
 
+def by_layer():
+    optimizers = {"embedding.*": lazy(0.01, clipnorm=0.05), "lstm.*": adam(0.02, clipnorm=0.05)}
+    return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(adam(0.05), optimizers))
+
+
 adam, lazy = keras.optimizers.Adam, keras_tbptt.optimizers.LazyAdam
 CASES = {
     "per_window": {},
@@ -137,6 +142,7 @@ CASES = {
         "optimizer": lambda: lazy(0.01, clipnorm=0.05), "window_loss": "final_only"
     },
     "LazyAdam, reach 2": {"optimizer": lambda: lazy(0.01), "backprop_windows": 2},
+    "rates by layer": {"optimizer": lambda: by_layer()},
     "clipnorm": {"optimizer": lambda: adam(0.01, clipnorm=0.05)},
     "global_clipnorm": {"optimizer": lambda: adam(0.01, global_clipnorm=0.05), "l2": "l2"},
     "clipvalue": {"optimizer": lambda: adam(0.01, clipvalue=0.01)},
