@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_tbptt.data._flat import FlatDocuments
 from keras_tbptt.data._inputs import StaticInput, StepInput
+from keras_tbptt.data._packing import Packing
 from keras_tbptt.data._records import RecordForm, Records
 from keras_tbptt.data._source import WindowSource
 
@@ -17,7 +18,15 @@ from keras_tbptt.data._source import WindowSource
 class DescribesDocuments(WindowSource):
     """Documents in memory that tell their numbers, shapes and ids."""
 
+    shuffle: bool
+    mean_window: int | None
+    stretch: int | None
     _flat: FlatDocuments
+    _layout: Packing
+
+    def __len__(self) -> int:
+        """Windows (batches) in an epoch."""
+        return self._layout.steps
 
     @property
     def num_documents(self) -> int:
@@ -77,6 +86,33 @@ class DescribesDocuments(WindowSource):
     def input_dtype(self) -> Any:
         """`"int32"` or `"float32"`; with named inputs a dict."""
         return self._flat.of_inputs(lambda given: given.dtype)
+
+    @property
+    def num_steps(self) -> int:
+        """How many real steps (tokens) an epoch has."""
+        return int(self._layout.lengths.sum())
+
+    @property
+    def packing_efficiency(self) -> float:
+        """The share of real steps among all steps of an epoch's windows, in (0, 1]."""
+        return self.num_steps / (len(self) * self.lanes * self.window)
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether any document's last window is padded."""
+        return self.mean_window is not None or bool((self._layout.lengths % self.window).any())
+
+    @property
+    def draws(self) -> bool:
+        """Whether the plan of an epoch depends on the seed."""
+        return self.shuffle or self.mean_window is not None or self.stretch is not None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a training to be resumed."""
+        names = ("window", "lanes", "packing", "shuffle", "seed", "mean_window", "stretch")
+        of_plan = {name: getattr(self, name) for name in names}
+        return {"data": self.fingerprint, "documents": self.num_documents, **of_plan}
 
     @property
     def static_names(self) -> list[str]:

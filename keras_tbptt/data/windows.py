@@ -232,33 +232,12 @@ class DocumentWindows(DescribesDocuments):
         """Everything but the cache of plans, which cannot be pickled."""
         return {name: value for name, value in vars(self).items() if name != "_plans"}
 
-    def __len__(self) -> int:
-        """Windows (batches) in an epoch."""
-        return self._layout.steps
-
     def __repr__(self) -> str:
         """The class and its sizes."""
         return (
             f"<DocumentWindows documents={self.num_documents} steps={self.num_steps} "
             f"window={self.window} lanes={self.lanes} packing={self.packing} windows={len(self)}>"
         )
-
-    @property
-    def num_steps(self) -> int:
-        """How many real steps (tokens) an epoch has."""
-        return int(self._layout.lengths.sum())
-
-    @property
-    def packing_efficiency(self) -> float:
-        """The share of real steps among all steps of an epoch's windows, in (0, 1]."""
-        return self.num_steps / (len(self) * self.lanes * self.window)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What must be the same for a training to be resumed."""
-        names = ("window", "lanes", "packing", "shuffle", "seed", "mean_window", "stretch")
-        of_plan = {name: getattr(self, name) for name in names}
-        return {"data": self.fingerprint, "documents": self.num_documents, **of_plan}
 
     @property
     def known(self) -> Any:
@@ -268,16 +247,6 @@ class DocumentWindows(DescribesDocuments):
         places, the numbers are in the structure of the labels.
         """
         return self._flat.counts(self.plan, self.window)
-
-    @property
-    def has_padding(self) -> bool:
-        """Whether any document's last window is padded."""
-        return self.mean_window is not None or bool((self._layout.lengths % self.window).any())
-
-    @property
-    def draws(self) -> bool:
-        """Whether the plan of an epoch depends on the seed."""
-        return self.shuffle or self.mean_window is not None or self.stretch is not None
 
     @property
     def plan(self) -> Plan:
