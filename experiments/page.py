@@ -41,7 +41,7 @@ flags.DEFINE_integer("port", 7860, "The port to listen at.", 1, 65_535)
 FLAGS = flags.FLAGS
 
 MOST_WORDS = 20_000  # of a text; a browser gets slow with more
-MOST_SECONDS = 15  # for a text, if the models can keep up: a long text is shown faster
+MOST_SECONDS = 12  # for a text, if the models can keep up: a long text is shown faster
 _PICTURES = 10  # in a second, at most
 _VISITORS = 16  # that watch at once; more have to wait
 _STYLE = pathlib.Path(__file__).with_name("page.css")
@@ -180,12 +180,14 @@ def watch(models: dict[str, Exported], text: str, rate: float) -> Iterator[list[
 
 
 def build(models: dict[str, Exported]) -> gr.Blocks:
-    """The page, with a tab for each thing that the models can do.
+    """The page, with a tab for each thing that the models can do. It runs each model once.
 
     Args:
         models: What `named` returns.
     """
     streaming = {name: model for name, model in models.items() if model.streams}
+    for _ in watch(streaming, "The first call of a model is slow.", 100):
+        pass
     with gr.Blocks(title="keras_tbptt", analytics_enabled=False) as page, gr.Tabs():
         if streaming:
             with gr.Tab("Watch"):

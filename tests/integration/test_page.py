@@ -275,10 +275,13 @@ def test_a_word_is_in_the_picture_soon(chromium, address, monkeypatch):
         begin(tab, " ".join(["it", "is", "a", "film"] * 10), rate=10)
         wait_for_end(tab)
         drawn = {int(n): at for n, at in tab.evaluate("() => drawn").items() if at}
-    assert len(drawn) == 40
+    assert len(drawn) == 40, "a picture for each word"
     late = np.array([drawn[n] - run[n] for n in drawn])
-    print(f"\nword to picture: median {np.median(late):.0f} ms, most {late.max():.0f} ms")
-    assert np.median(late) < 150
+    print(
+        f"\nword to picture: median {np.median(late):.0f} ms, "
+        f"nine of ten within {np.quantile(late, 0.9):.0f} ms, most {late.max():.0f} ms"
+    )
+    assert np.quantile(late, 0.9) < 150
 
 
 def test_long_and_strange_texts(chromium, address, models):
