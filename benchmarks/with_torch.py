@@ -1,7 +1,7 @@
 """PyTorch's usual recipe for truncated backpropagation, measured in this process.
 
-`benchmarks.training` runs this script with a task as JSON. The script needs only `torch` and
-`numpy`.
+`benchmarks.training` and `benchmarks.sampled_softmax` run this script with a task as JSON. The
+script needs only `torch` and `numpy`.
 
 The recipe is the one that tutorials copy (after ksopyla's `lstm_imdb_tbptt.py`). Words come from
 `lower().split()`, and the most frequent ones are the vocabulary. A batch holds documents of similar
@@ -141,6 +141,70 @@ def language_model(task: dict[str, Any]) -> dict[str, float]:
     return {"tokens_per_second": words / (time.perf_counter() - began)}
 
 
+class SampledLanguageModel(torch.nn.Module):
+    """Rows of both tables have sparse gradients, which `SparseAdam` takes."""
+
+    def __init__(self, task: dict[str, Any]):
+        super().__init__()
+        words, units = task["vocab_size"], task["units"]
+        self.embedding = torch.nn.Embedding(words, task["embedding"], sparse=True)
+        self.lstm = torch.nn.LSTM(task["embedding"], units)
+        self.kernel = torch.nn.Embedding(words, units, sparse=True)
+        self.bias = torch.nn.Embedding(words, 1, sparse=True)
+        torch.nn.init.xavier_uniform_(self.kernel.weight)
+        torch.nn.init.zeros_(self.bias.weight)
+        self.words, self.draws = words, task["draws"]
+
+    def log_chance(self, words: torch.Tensor) -> torch.Tensor:
+        """The log of the probability that a word is in the sample."""
+        once = torch.log1p(1 / (words.double() + 1)) / np.log(self.words + 1.0)
+        return torch.log(-torch.expm1(self.draws * torch.log1p(-once))).float()
+
+    def forward(self, words: torch.Tensor, targets: torch.Tensor, state: Any) -> tuple:
+        """The loss over the target and a log-uniform sample of distinct words, and the state."""
+        hidden, state = self.lstm(self.embedding(words), state)
+        hidden, targets = hidden.flatten(0, 1), targets.reshape(-1)
+        uniform = torch.rand(self.draws, dtype=torch.float64)
+        drawn = (torch.exp(uniform * np.log(self.words + 1.0)) - 1).long()
+        sample = torch.unique(drawn.clamp_(max=self.words - 1))
+        target = (hidden * self.kernel(targets)).sum(1) + self.bias(targets)[:, 0]
+        target = target - self.log_chance(targets)
+        shift = self.bias(sample)[:, 0] - self.log_chance(sample)
+        logits = torch.addmm(shift, hidden, self.kernel(sample).t())
+        logits = logits.masked_fill(targets[:, None] == sample, -1e9)
+        logits = torch.cat([target[:, None], logits], 1)
+        zeros = torch.zeros(len(logits), dtype=torch.long)
+        return torch.nn.functional.cross_entropy(logits, zeros), state
+
+
+def sampled_softmax(task: dict[str, Any]) -> dict[str, float]:
+    """Words a second of a language model with a sampled softmax, after some windows."""
+    lanes, window = task["lanes"], task["window"]
+    ids = torch.from_numpy(np.load(task["words"]).astype("int64"))
+    ids = ids[: len(ids) // lanes * lanes].view(lanes, -1).t().contiguous()
+    model = SampledLanguageModel(task)
+    tables = [*model.embedding.parameters(), *model.kernel.parameters(), *model.bias.parameters()]
+    optimizers = [
+        torch.optim.SparseAdam(tables),
+        torch.optim.Adam(model.lstm.parameters()),
+    ]
+    state, words, began = None, 0, 0.0
+    places = range(0, len(ids) - window, window)
+    for i, place in enumerate([*places, *places]):
+        if i == len(places):
+            began, words = time.perf_counter(), 0
+        if state is not None:
+            state = tuple(part.detach() for part in state)
+        model.zero_grad()
+        inputs, targets = ids[place : place + window], ids[place + 1 : place + 1 + window]
+        loss, state = model(inputs, targets, state)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        words += window * lanes
+    return {"tokens_per_second": words / (time.perf_counter() - began)}
+
+
 def accuracy(task: dict[str, Any]) -> dict[str, Any]:
     """Trains from raw strings until an epoch's test accuracy reaches the target."""
     with open(task["texts"], encoding="utf-8") as file:
@@ -229,6 +293,7 @@ def main() -> None:
         "evaluation": evaluation,
         "accuracy": accuracy,
         "language_model": language_model,
+        "sampled_softmax": sampled_softmax,
     }
     with torch.autocast(DEVICE, torch.bfloat16, enabled=task["way"].endswith("autocast")):
         found = parts[task["part"]](task)

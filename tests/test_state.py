@@ -191,3 +191,14 @@ def test_explicit_state_draws_new_dropout_masks():
     states = [tf.zeros([4, 5])] * 2
     one, two = (call(ids, states, training=True)[0].numpy() for _ in range(2))
     assert not np.array_equal(one, two)
+
+
+def test_weights_move_between_models_of_other_lanes_and_windows_without_the_state():
+    source, target = token_model(lanes=4, window=5), token_model(lanes=3, window=7, seed=2)
+    for model in (source, target):
+        set_states(model, [np.full(s.shape, 0.5, "float32") for s in get_states(model)])
+    for one, other in zip(source.layers[1:], target.layers[1:], strict=True):
+        other.set_weights(one.get_weights())
+    for one, other in zip(source.get_weights(), target.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert all((state == 0.5).all() and len(state) == 3 for state in get_states(target))
