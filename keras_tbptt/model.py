@@ -225,7 +225,8 @@ class TBPTTModel(StepsOnReplicas):
             RecordError: If a record of a stream cannot be read.
             tf.errors.InvalidArgumentError: If the windows of a lane do not follow each other.
         """
-        check_optimizer_keys(self)
+        if self.compiled:
+            check_optimizer_keys(self)
         source = _batches.source_of(x)
         dataset = _batches.as_dataset(x, self, learns=True)
         if isinstance(source, DocumentStream):
