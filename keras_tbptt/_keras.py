@@ -23,6 +23,16 @@ def flatten_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return list(layer._flatten_layers(include_self=False))
 
 
+def is_of_keras(layer: keras.layers.Layer) -> bool:
+    """Whether a layer's class is one of Keras's own, which its configuration describes in full.
+
+    Args:
+        layer: A layer. A `Lambda` has code of its user.
+    """
+    own = type(layer).__module__.startswith("keras.src.")
+    return own and not isinstance(layer, keras.layers.Lambda)
+
+
 def calls(operation: Any) -> list[list[keras.KerasTensor]]:
     """The symbolic tensors that an operation was called on, a list for each of its calls.
 

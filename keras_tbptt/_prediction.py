@@ -158,7 +158,8 @@ class PredictsDocuments(SavesStates):
             )
         model, lanes = self, self._lanes_for(documents)
         if lanes > self.lanes:
-            model, documents = self.resized(lanes=lanes), documents.with_lanes(lanes)
+            with contextlib.suppress(ValueError):  # a layer may be made for one batch shape alone
+                model, documents = self.resized(lanes=lanes), documents.with_lanes(lanes)
         plan = documents.plan
         rows = model.predict(documents, verbose=verbose)
 
@@ -176,16 +177,16 @@ class PredictsDocuments(SavesStates):
 
     def _lanes_for(self, windows: DocumentWindows) -> int:
         """In how many lanes documents are predicted soonest, each on its own."""
-        # A copy of any other layer may lack what its configuration does not tell.
+        # A copy of any other class may lack what its configuration does not tell.
         known = all(
-            type(layer).__module__.startswith(("keras.src.", "keras_tbptt."))
-            and not isinstance(layer, keras.layers.Lambda)
-            for layer in _keras.flatten_layers(self)
+            type(layer).__module__.startswith("keras_tbptt.") or _keras.is_of_keras(layer)
+            for layer in (self, *_keras.flatten_layers(self))
         )
         fits = (windows.lanes, windows.window) == (self.lanes, self.window)
-        fixed = self.replicas.strategy is not None or windows.streams or windows.stretch is not None
-        fixed = fixed or self.run_eagerly
-        if not known or not fits or fixed or len(windows) < _WORTH_A_MODEL:
+        # Streams are cut, and stretches drawn, for the lanes that there are.
+        bound = windows.streams or windows.stretch is not None
+        one_graph = self.replicas.strategy is None and not self.run_eagerly
+        if not (known and fits and one_graph) or bound or len(windows) < _WORTH_A_MODEL:
             return self.lanes
         # In more lanes, the longest document would be left to run alone.
         counts = -(-windows.lengths // self.window)

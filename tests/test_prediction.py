@@ -125,3 +125,35 @@ def test_a_nested_model_and_statistics_are_the_same_in_more_lanes(resized):
     many = model.predict_documents(documents * 2)
     assert len(resized) == 1
     np.testing.assert_allclose(many, np.tile(few, (2, 1)), atol=1e-6)
+
+
+def test_a_model_for_one_batch_shape_alone_keeps_its_lanes():
+    keras.utils.set_random_seed(0)
+    features = keras.Input(batch_shape=(2, 5, 2))
+    steps = keras.ops.reshape(L.Dense(4)(keras.ops.reshape(features, (10, 2))), (2, 5, 4))
+    x = keras_tbptt.layers.LSTM(3, stateful=True)(steps)
+    model = keras_tbptt.TBPTTModel(features, L.Dense(1)(x))
+    documents = random_documents(count=130, features=2)
+    few = model.predict_documents(documents)
+    many = model.predict_documents(documents * 3)
+    np.testing.assert_allclose(many, np.tile(few, (3, 1)), atol=1e-6)
+
+
+class Doubled(keras_tbptt.TBPTTModel):
+    """A model that a copy would get wrong: what it multiplies by is set later on."""
+
+    factor = 1.0
+
+    def predict_step(self, data):
+        return self.factor * super().predict_step(data)
+
+
+def test_a_model_of_a_class_of_its_own_is_not_copied(resized):
+    model = token_model(1, 5, cls=Doubled)
+    model.factor = 2.0
+    documents = random_documents(count=120)
+    few = model.predict_documents(documents)
+    np.testing.assert_allclose(
+        model.predict_documents(documents * 2), np.tile(few, (2, 1)), atol=1e-6
+    )
+    assert resized == []
