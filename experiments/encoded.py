@@ -92,6 +92,36 @@ def load(
     return _kept_or_made(name, data_dir, cache_dir, [limit, valid, seed, known], SPLITS, make)
 
 
+def fewer_labels(corpus: Encoded, labels: int, valid: float, seed: int) -> Encoded:
+    """A corpus with fewer documents to train on and to validate by, as if the rest had no labels.
+
+    Args:
+        corpus: The corpus.
+        labels: The number of documents of the splits `"train"` and `"valid"` together.
+        valid: The share of them that is in `"valid"`, as in `data.load`.
+        seed: The seed that chooses them. Those of fewer labels are among those of more.
+
+    Returns:
+        The corpus, with all documents of the split `"test"`.
+
+    Raises:
+        ValueError: If there are fewer documents, or fewer than two are asked for.
+    """
+    there = {name: len(corpus.splits[name].offsets) - 1 for name in ("train", "valid")}
+    kept = min(max(1, round(valid * labels)), labels - 1)
+    wanted = {"train": labels - kept, "valid": kept}
+    if labels < 2 or any(wanted[name] > there[name] for name in there):
+        raise ValueError(
+            f"At least 2 and at most {sum(there.values())} reviews have labels to be used. "
+            f"Received: labels={labels}"
+        )
+    splits = dict(corpus.splits)
+    for name, count in wanted.items():
+        order = np.random.default_rng(seed).permutation(there[name])
+        splits[name] = _take(splits[name], np.isin(np.arange(there[name]), order[:count]))
+    return Encoded(corpus.name, corpus.vectorizer, splits)
+
+
 def load_texts(
     name: str,
     data_dir: str | None,
@@ -140,12 +170,18 @@ def _documents(
     return Documents(ids.flat_values.numpy(), ids.row_splits.numpy(), labels)
 
 
+def _take(documents: Documents, kept: np.ndarray) -> Documents:
+    """The documents for which a bool `[documents]` is true."""
+    lengths = np.diff(documents.offsets)
+    ids = documents.ids[np.repeat(kept, lengths)]
+    offsets = np.concatenate([[0], np.cumsum(lengths[kept])])
+    labels = None if documents.labels is None else documents.labels[kept]
+    return Documents(ids, offsets, labels)
+
+
 def _with_next(documents: Documents) -> Documents:
     """The documents of at least two steps."""
-    lengths = np.diff(documents.offsets)
-    kept = lengths > 1
-    ids = documents.ids[np.repeat(kept, lengths)]
-    return Documents(ids, np.concatenate([[0], np.cumsum(lengths[kept])]))
+    return _take(documents, np.diff(documents.offsets) > 1)
 
 
 def _kept_or_made(

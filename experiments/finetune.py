@@ -129,7 +129,7 @@ def load_corpus(pretrained: encoder.Encoder | None) -> encoded.Encoded:
         pretrained: The encoder, if there is one.
 
     Raises:
-        RunError: If they cannot be had, or the encoder was trained on others.
+        RunError: If they cannot be had, there are too few, or the encoder was trained on others.
     """
     try:
         corpus = encoded.load(
@@ -141,7 +141,9 @@ def load_corpus(pretrained: encoder.Encoder | None) -> encoded.Encoded:
             pretrained.vectorizer if pretrained else FLAGS.vocab_size,
             FLAGS.cache_dir,
         )
-    except data.DataUnavailableError as error:
+        if FLAGS.labels is not None:
+            corpus = encoded.fewer_labels(corpus, FLAGS.labels, FLAGS.validation, FLAGS.seed)
+    except (data.DataUnavailableError, ValueError) as error:
         raise runner.RunError(str(error)) from error
     if pretrained and pretrained.about["dataset"] != corpus.name:
         raise runner.RunError(

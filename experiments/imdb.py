@@ -71,6 +71,10 @@ flags.DEFINE_enum(
 flags.DEFINE_float("dropout", 0.5, "Dropout rate of the LSTM's outputs.", 0, 0.99)
 flags.DEFINE_float("word_dropout", 0.3, "Dropout rate of whole words.", 0, 0.99)
 flags.DEFINE_float("validation", 0.1, "Share of the training reviews for validation.", 0, 1)
+flags.DEFINE_integer(
+    "labels", None, "Training reviews whose labels are used, for training and validation together. "
+    "All if not given.", 2
+)  # fmt: skip
 flags.DEFINE_integer("limit", None, "Reviews of each split. All if not given.", 4)
 flags.DEFINE_enum(
     "data", "auto", data.DATASETS,

@@ -9,12 +9,7 @@ and cells can be added later.
 
 from __future__ import annotations
 
-import concurrent.futures
-import json
-import os
 import pathlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import data, figures, runner
+from experiments import data, figures, grid, runner
 from keras_tbptt.losses import WINDOW_LOSSES
 
 flags.DEFINE_list(
@@ -35,12 +30,12 @@ flags.DEFINE_list(
     "More cells, in addition to windows x window losses, as window/window loss/reach.",
 )  # fmt: skip
 flags.DEFINE_list("seeds", ["0"], "Seeds. Each cell is run once with each seed.")
-flags.DEFINE_integer("jobs", 1, "How many cells run at once, each with its share of the cores.", 1)
 flags.DEFINE_integer("epochs", 3, "Passes over the training reviews.", 1)
 flags.DEFINE_integer("limit", None, "Reviews of each split. All if not given.", 4)
 flags.DEFINE_enum("data", "imdb_reviews", data.DATASETS, "The reviews, as in experiments.imdb.")
 flags.DEFINE_string("data_dir", None, "Directory of tensorflow-datasets; its default if not given.")
 flags.adopt_module_key_flags(runner)
+flags.adopt_module_key_flags(grid)
 FLAGS = flags.FLAGS
 
 _FULL = 400  # the window that computes an exact gradient; any window gives the same gradient
@@ -62,16 +57,21 @@ class Cell:
         return f"window_{self.window}-{self.window_loss}{reach}-seed_{self.seed}"
 
     @property
-    def arguments(self) -> list[str]:
-        """The flags of `experiments.imdb` for this cell."""
+    def run(self) -> grid.Run:
+        """The run of `experiments.imdb` for this cell."""
         full = self.window == "full"
-        reach = "all" if full else self.reach
-        return [
-            f"--window={_FULL if full else self.window}",
-            f"--window_loss={self.window_loss}",
-            f"--seed={self.seed}",
-            *([f"--backprop_windows={reach}"] if reach else []),
-        ]
+        arguments = grid.given(
+            window=_FULL if full else self.window,
+            window_loss=self.window_loss,
+            seed=self.seed,
+            backprop_windows="all" if full else self.reach,
+            epochs=FLAGS.epochs,
+            limit=FLAGS.limit,
+            data=FLAGS.data,
+            data_dir=FLAGS.data_dir,
+            export_dir="",
+        )
+        return grid.Run(self.key, "experiments.imdb", arguments)
 
 
 def cells() -> Iterator[Cell]:
@@ -104,94 +104,35 @@ def cells() -> Iterator[Cell]:
             yield Cell(*cell, seed=int(seed))
 
 
-def run_cell(
-    cell: Cell, directory: runner.RunDirectory, running: list[subprocess.Popen]
-) -> dict[str, Any]:
-    """Runs `experiments.imdb` for a cell, unless its results exist.
-
-    Args:
-        cell: The cell.
-        directory: The run directory of the study.
-        running: A list, to which the process is added.
-
-    Returns:
-        The figures of the cell.
-
-    Raises:
-        runner.RunError: If the run fails.
-    """
-    folder = directory / "cells" / cell.key
-    if not (folder / "results.json").exists():
-        folder.parent.mkdir(exist_ok=True)
-        log = folder.with_suffix(".log")
-        shared = {"epochs": FLAGS.epochs, "limit": FLAGS.limit, "data": FLAGS.data}
-        shared |= {"data_dir": FLAGS.data_dir, "run_dir": folder, "export_dir": ""}
-        given = [f"--{name}={value}" for name, value in shared.items() if value is not None]
-        command = [sys.executable, "-m", "experiments.imdb", "--resume", *cell.arguments, *given]
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                command,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={
-                    **os.environ,
-                    "TF_NUM_INTEROP_THREADS": str(_cores()),
-                    "TF_NUM_INTRAOP_THREADS": "1",
-                },
-            )
-            running.append(process)
-        if process.wait():
-            last = log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise runner.RunError(f"The cell {cell.key} failed; see {log}. Received: {last}")
-    results = json.loads((folder / "results.json").read_text())
-    return {
-        "window": cell.window,
-        "window_loss": cell.window_loss,
-        "backprop_windows": results["backprop_windows"],
-        "seed": cell.seed,
-        "test_accuracy": results["test_accuracy"],
-        "train_seconds": round(sum(e["train_seconds"] for e in results["epochs"]), 1),
-        "peak_rss_mb": results["peak_rss_mb"],
-        "packing_efficiency": results["packing_efficiency"],
-    }
-
-
-def _cores() -> int:
-    return max(1, (os.cpu_count() or 1) // FLAGS.jobs)
-
-
 def main() -> None:
     """Runs the cells that are missing, and shows the whole grid."""
     todo = list(cells())
     directory = runner.RunDirectory(
         "window_study", f"{len(todo)}cells", free=["windows", "window_losses", "cells", "jobs"]
     )
-    rows = []
-    with (
-        concurrent.futures.ThreadPoolExecutor(FLAGS.jobs) as pool,
-        runner.progress_bar() as bar,
-    ):
-        task = bar.add_task("cells", total=len(todo))
-        running: list[subprocess.Popen] = []
-        futures = [pool.submit(run_cell, cell, directory, running) for cell in todo]
-        try:
-            for cell, future in zip(todo, futures, strict=True):
-                rows.append(future.result())
-                bar.print(f"{cell.key}: {rows[-1]['test_accuracy']:.4f}")
-                directory.write_results(
-                    {
-                        "dataset": FLAGS.data,
-                        "epochs": FLAGS.epochs,
-                        "cells": rows,
-                        "cores_per_cell": _cores(),
-                    }
-                )
-                bar.advance(task)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:
-                process.terminate()  # each process saves its training before it ends
-            raise
+    rows: list[dict[str, Any]] = []
+    found = grid.run_each([cell.run for cell in todo], directory / "cells")
+    for cell, results in zip(todo, found, strict=True):
+        rows.append(
+            {
+                "window": cell.window,
+                "window_loss": cell.window_loss,
+                "backprop_windows": results["backprop_windows"],
+                "seed": cell.seed,
+                "test_accuracy": results["test_accuracy"],
+                "train_seconds": round(sum(e["train_seconds"] for e in results["epochs"]), 1),
+                "peak_rss_mb": results["peak_rss_mb"],
+                "packing_efficiency": results["packing_efficiency"],
+            }
+        )
+        directory.write_results(
+            {
+                "dataset": FLAGS.data,
+                "epochs": FLAGS.epochs,
+                "cells": rows,
+                "cores_per_cell": grid.cores_per_run(),
+            }
+        )
     draw(rows, directory / "window_study.png")
     print_closing_table(rows)
     print(f"run directory: {directory.path}")
@@ -230,7 +171,7 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Draws the test accuracy by window, with a line for each window loss.
 
     Args:
-        rows: Figures of `run_cell`.
+        rows: A dict for each cell, as in `results.json`.
         path: The PNG file.
     """
     accuracy = {

@@ -126,3 +126,34 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(prepared, tmp_path):
     folder, _ = prepared
     (tmp_path / "cache").write_text("a file")
     assert load(folder, tmp_path / "cache").splits["train"].labels.tolist() == [1, 0, 0, 1]
+
+
+def test_fewer_labels_leave_whole_documents_and_all_of_the_test():
+    rng = np.random.default_rng(0)
+    splits = {}
+    for name, count in {"train": 90, "valid": 10, "test": 7}.items():
+        lengths = rng.integers(0, 5, count)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        # Each id and label says whose it is.
+        splits[name] = encoded.Documents(
+            np.repeat(np.arange(count), lengths), offsets, np.arange(count)
+        )
+    corpus = encoded.Encoded("imdb_reviews", None, splits)
+
+    def chosen(labels, seed=0):
+        fewer = encoded.fewer_labels(corpus, labels, 0.1, seed).splits
+        assert fewer["test"] is splits["test"]
+        for name in ("train", "valid"):
+            found, rows = fewer[name], fewer[name].labels
+            lengths = np.diff(splits[name].offsets)[rows]
+            np.testing.assert_array_equal(np.diff(found.offsets), lengths)
+            np.testing.assert_array_equal(found.ids, np.repeat(rows, lengths))
+        return [set(fewer[name].labels.tolist()) for name in ("train", "valid")]
+
+    few, more, every = chosen(20), chosen(50), chosen(100)
+    assert [len(part) for part in few] == [18, 2] and [len(part) for part in more] == [45, 5]
+    assert all(a < b < c for a, b, c in zip(few, more, every, strict=True))
+    assert chosen(20, seed=1) != few
+    for labels in (1, 101, 0):
+        with pytest.raises(ValueError, match=f"Received: labels={labels}"):
+            encoded.fewer_labels(corpus, labels, 0.1, 0)

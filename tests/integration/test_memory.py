@@ -101,8 +101,11 @@ def measured(*arguments):
 
 
 def growth(memory):
-    """By how much memory grows to the end, as a share of what it was after the first twentieth."""
-    return memory[-1] / memory[len(memory) // 20 - 1] - 1
+    """By how much memory grows to the end, as a share of what it was after the first quarter.
+
+    Before that, allocators and caches fill: a call that leaks does so in the later quarters too.
+    """
+    return memory[-1] / memory[len(memory) // 4] - 1
 
 
 @pytest.mark.parametrize(("reach", "steps"), [(1, 1), ("all", 16)])
