@@ -18,6 +18,7 @@ import pathlib
 from typing import Any
 
 import keras
+import numpy as np
 from absl import flags
 
 import keras_tbptt
@@ -66,13 +67,17 @@ flags.adopt_module_key_flags(runner)
 FLAGS = flags.FLAGS
 
 
-def build_model(vocabulary: int, precision: str) -> keras_tbptt.TBPTTModel:
-    """Builds the language model that the flags describe.
+def build_model(counts: np.ndarray, precision: str) -> keras_tbptt.TBPTTModel:
+    """Builds the language model that the flags describe. It begins with the frequency of each word.
+
+    With a bias of 0, every rare word begins as likely as "the", and its row learns that it is not
+    in the few steps that draw it.
 
     Args:
-        vocabulary: int. The number of ids.
+        counts: Integers `[vocabulary]`. How often each word occurs in the training texts.
         precision: `"float32"` or `"bfloat16"`. What operands of products are rounded to.
     """
+    vocabulary = len(counts)
     lanes, window = FLAGS.lanes, FLAGS.window
     tokens = keras.Input(batch_shape=(lanes, window), dtype="int32", name="tokens")
     x = keras.layers.Embedding(vocabulary, FLAGS.embedding_dim, name="embedding")(tokens)
@@ -88,7 +93,9 @@ def build_model(vocabulary: int, precision: str) -> keras_tbptt.TBPTTModel:
     head = keras_tbptt.layers.SampledSoftmax(
         vocabulary, FLAGS.samples or vocabulary, activation=None, name="logits"
     )
-    return keras_tbptt.TBPTTModel(tokens, head(x), name="language_model")
+    model = keras_tbptt.TBPTTModel(tokens, head(x), name="language_model")
+    head.bias.assign(np.log((counts + 1) / (counts + 1).sum()))
+    return model
 
 
 def main() -> None:
@@ -127,7 +134,9 @@ def main() -> None:
     train, valid = windows.values()
 
     precision, reason = runner.choose_precision(FLAGS.precision)
-    model = build_model(corpus.vectorizer.vocabulary_size(), precision)
+    vocabulary = corpus.vectorizer.vocabulary_size()
+    counts = np.bincount(corpus.splits["train"].ids, minlength=vocabulary)
+    model = build_model(counts, precision)
     steps = FLAGS.epochs * model.optimizer_steps(train)
     rate = keras.optimizers.schedules.CosineDecay(FLAGS.learning_rate, steps)
     model.compile(
@@ -150,7 +159,7 @@ def main() -> None:
         "dataset": corpus.name,
         "documents": {name: w.num_documents for name, w in windows.items()},
         "tokens": {name: w.num_steps for name, w in windows.items()},
-        "vocabulary": corpus.vectorizer.vocabulary_size(),
+        "vocabulary": vocabulary,
         "embedding_dim": FLAGS.embedding_dim,
         "units": FLAGS.units,
         "window": FLAGS.window,
