@@ -73,6 +73,7 @@ def test_one_command_trains_the_encoder_and_the_classifier_that_starts_from_it(t
     for name in more:
         found = json.loads((tmp_path / name / "results.json").read_text())
         assert found["pretrained"] == about and len(found["epochs"]) == 2
+        assert found["window_loss"] == ("pooled" if name == "pooled" else "linear_gain")
 
     given = [f"--pretrained={encoder}", "--data=generated", "--limit=60", "--export_dir="]
     others = ["--lanes=8", "--window=10", "--epochs=2"]
