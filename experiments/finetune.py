@@ -17,7 +17,7 @@ from experiments import data, encoded, encoder, runner, workers
 
 flags.DEFINE_string(
     "pretrained", None, "Directory of an encoder, which `python -m experiments.pretrain` saves. "
-    "The vocabulary and the sizes are those of the encoder. It changes the defaults of other flags: "
+    "Vocabulary and sizes are those of the encoder. It changes the defaults of other flags: "
     "--window_loss=linear_gain --epochs=2 --lanes=128 --learning_rate=2e-3 --layer_decay=1.5 "
     "--word_dropout=0.1."
 )  # fmt: skip
