@@ -56,7 +56,9 @@ _WATCH_PICTURES = """count => {
 def main() -> None:
     browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
     if browser is None:
-        raise runner.RunError(f"No browser is installed: install one of {', '.join(_BROWSERS)}.")
+        raise runner.RunError(
+            f"The pages need a browser: install one of {', '.join(_BROWSERS)}. Received: none"
+        )
     with sync_api.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
         name = f"Chromium {chromium.version} on {runner.processor()}"
@@ -68,6 +70,11 @@ def main() -> None:
 
 def measure_page(chromium: sync_api.Browser) -> dict[str, str]:
     models = page.named([Exported(pathlib.Path(path)) for path in FLAGS.model])
+    if not any(model.streams for model in models.values()):
+        raise runner.RunError(
+            "The times are those of a model with a `stream`: give one with --model. "
+            f"Received: {', '.join(models)}"
+        )
     given = _note_words()
     served = page.build(models)
     with socket.socket() as free:

@@ -112,7 +112,7 @@ def fewer_labels(corpus: Encoded, labels: int, valid: float, seed: int) -> Encod
     wanted = {"train": labels - kept, "valid": kept}
     if labels < 2 or any(wanted[name] > there[name] for name in there):
         raise ValueError(
-            f"At least 2 and at most {sum(there.values())} reviews have labels to be used. "
+            f"The labels of at least 2 and at most {sum(there.values())} reviews can be used. "
             f"Received: labels={labels}"
         )
     splits = dict(corpus.splits)

@@ -18,8 +18,11 @@ from typing import Any
 
 from absl import flags
 
-from experiments import runner
+from experiments import data, runner
 
+flags.DEFINE_integer("limit", None, "Reviews of each split. All if not given.", 4)
+flags.DEFINE_enum("data", "imdb_reviews", data.DATASETS, "The reviews, as in experiments.imdb.")
+flags.DEFINE_string("data_dir", None, "Directory of tensorflow-datasets; its default if not given.")
 flags.DEFINE_integer(
     "jobs", 1, "How many runs are made at once, each with its share of the cores.", 1
 )
@@ -32,7 +35,7 @@ class Run:
     Attributes:
         key: str. The name of its directory.
         experiment: str. The module, such as `"experiments.imdb"`.
-        arguments: Its flags but `--run_dir` and `--resume`.
+        arguments: Its flags, but `--run_dir`, `--resume`, and those of the reviews.
     """
 
     key: str
@@ -92,11 +95,12 @@ def _results(run: Run, directory: pathlib.Path, running: list[subprocess.Popen])
     folder = directory / run.key
     if not (folder / "results.json").exists():
         log = directory / f"{run.key}.log"
-        command = [sys.executable, "-m", run.experiment, "--resume", f"--run_dir={folder}"]
+        reviews = {name: flags.FLAGS[name].value for name in ("limit", "data", "data_dir")}
+        command = [sys.executable, "-m", run.experiment, *run.arguments, *given(**reviews)]
         threads = {"TF_NUM_INTEROP_THREADS": str(cores_per_run()), "TF_NUM_INTRAOP_THREADS": "1"}
         with log.open("w") as output:
             process = subprocess.Popen(
-                [*command, *run.arguments],
+                [*command, "--resume", f"--run_dir={folder}"],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(threads if flags.FLAGS.jobs > 1 else {})},

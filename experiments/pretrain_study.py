@@ -9,6 +9,7 @@ of a run. So a long study can be run in pieces, and runs can be added later.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import data, figures, grid, runner
+from experiments import figures, grid, runner
 
 _PARTS = ("sizes", "labels", "windows")
 
@@ -33,9 +34,6 @@ flags.DEFINE_list("pretrain_epochs", ["0", "1", "3"], "Epochs of language models
 flags.DEFINE_list("labels", ["100", "1000", "5000", "all"], "Labels that are used, in `labels`.")
 flags.DEFINE_list("windows", ["10", "30", "100"], "Words in a window, in `windows`.")
 flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of classifiers. A language model has seed 0.")
-flags.DEFINE_integer("limit", None, "Reviews of each split. All if not given.", 4)
-flags.DEFINE_enum("data", "imdb_reviews", data.DATASETS, "The reviews, as in experiments.imdb.")
-flags.DEFINE_string("data_dir", None, "Directory of tensorflow-datasets; its default if not given.")
 flags.adopt_module_key_flags(runner)
 flags.adopt_module_key_flags(grid)
 FLAGS = flags.FLAGS
@@ -66,9 +64,7 @@ class Setting:
     def encoder(self) -> grid.Run:
         """The run that trains the language model."""
         key = f"encoder-units{self.units}-epochs{self.epochs}-window{self.window}"
-        arguments = grid.given(
-            units=self.units, epochs=self.epochs, window=self.window, **_shared()
-        )
+        arguments = grid.given(units=self.units, epochs=self.epochs, window=self.window)
         return grid.Run(key, "experiments.pretrain", arguments)
 
     def classifier(self, seed: int, runs: pathlib.Path) -> grid.Run:
@@ -88,13 +84,8 @@ class Setting:
             epochs=_epochs(self.labels),
             seed=seed,
             export_dir="",
-            **_shared(),
         )
         return grid.Run(key, "experiments.imdb", arguments)
-
-
-def _shared() -> dict[str, Any]:
-    return {"limit": FLAGS.limit, "data": FLAGS.data, "data_dir": FLAGS.data_dir}
 
 
 def _epochs(labels: int | None) -> int | None:
@@ -141,24 +132,26 @@ def main() -> None:
 
     todo = [(setting, int(seed)) for seed in FLAGS.seeds for setting in settings]
     rows: list[dict[str, Any]] = []
-    found = grid.run_each([s.classifier(seed, runs) for s, seed in todo], runs)
-    for (setting, seed), results in zip(todo, found, strict=True):
-        language_model = trained.get(setting.encoder.key, {})
-        rows.append(
-            {
-                **dataclasses.asdict(setting),
-                "seed": seed,
-                "reviews": results["documents"]["train"] + results["documents"]["valid"],
-                "perplexity": language_model.get("valid_perplexity"),
-                "pretrain_seconds": _seconds(language_model),
-                "train_seconds": _seconds(results),
-                "valid_accuracy": max(e["valid_accuracy"] for e in results["epochs"]),
-                "test_accuracy": results["test_accuracy"],
-            }
-        )
-        directory.write_results(
-            {"dataset": FLAGS.data, "processor": runner.processor(), "rows": rows}
-        )
+    wanted = [s.classifier(seed, runs) for s, seed in todo]
+    with contextlib.closing(grid.run_each(wanted, runs)) as found:
+        for (setting, seed), results in zip(todo, found, strict=True):
+            language_model = trained.get(setting.encoder.key, {})
+            rows.append(
+                {
+                    **dataclasses.asdict(setting),
+                    "seed": seed,
+                    "reviews": results["documents"]["train"] + results["documents"]["valid"],
+                    "perplexity": language_model.get("valid_perplexity"),
+                    "pretrain_seconds": _seconds(language_model),
+                    "train_seconds": _seconds(results),
+                    "valid_accuracy": max(e["valid_accuracy"] for e in results["epochs"]),
+                    "test_accuracy": results["test_accuracy"],
+                }
+            )
+            print(f"{setting.classifier(seed, runs).key}: {results['test_accuracy']:.4f}")
+            directory.write_results(
+                {"dataset": FLAGS.data, "processor": runner.processor(), "rows": rows}
+            )
     if len(parts) > 1 or "windows" not in parts:
         draw(rows, parts, directory / "pretrain_study.png")
     print_closing_tables(rows, parts)

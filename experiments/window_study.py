@@ -9,6 +9,7 @@ and cells can be added later.
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import data, figures, grid, runner
+from experiments import figures, grid, runner
 from keras_tbptt.losses import WINDOW_LOSSES
 
 flags.DEFINE_list(
@@ -31,9 +32,6 @@ flags.DEFINE_list(
 )  # fmt: skip
 flags.DEFINE_list("seeds", ["0"], "Seeds. Each cell is run once with each seed.")
 flags.DEFINE_integer("epochs", 3, "Passes over the training reviews.", 1)
-flags.DEFINE_integer("limit", None, "Reviews of each split. All if not given.", 4)
-flags.DEFINE_enum("data", "imdb_reviews", data.DATASETS, "The reviews, as in experiments.imdb.")
-flags.DEFINE_string("data_dir", None, "Directory of tensorflow-datasets; its default if not given.")
 flags.adopt_module_key_flags(runner)
 flags.adopt_module_key_flags(grid)
 FLAGS = flags.FLAGS
@@ -66,9 +64,6 @@ class Cell:
             seed=self.seed,
             backprop_windows="all" if full else self.reach,
             epochs=FLAGS.epochs,
-            limit=FLAGS.limit,
-            data=FLAGS.data,
-            data_dir=FLAGS.data_dir,
             export_dir="",
         )
         return grid.Run(self.key, "experiments.imdb", arguments)
@@ -80,11 +75,11 @@ def cells() -> Iterator[Cell]:
     Raises:
         runner.RunError: If a cell is invalid.
     """
-    grid = [(window, loss, None) for window in FLAGS.windows for loss in FLAGS.window_losses]
+    wanted = [(window, loss, None) for window in FLAGS.windows for loss in FLAGS.window_losses]
     # `full` is one cell, and not one per window loss: its loss is taken at the end of a review.
-    grid = [cell for cell in grid if cell[0] != "full"]
+    wanted = [cell for cell in wanted if cell[0] != "full"]
     if "full" in FLAGS.windows:
-        grid.append(("full", "final_only", None))
+        wanted.append(("full", "final_only", None))
     for text in FLAGS.cells:
         parts = text.split("/")
         if len(parts) != 3:
@@ -92,15 +87,15 @@ def cells() -> Iterator[Cell]:
                 "A cell must be window/window loss/reach, such as 30/final_only/all. "
                 f"Received: {text}"
             )
-        grid.append(tuple(parts))
-    for window, loss, _ in grid:
+        wanted.append(tuple(parts))
+    for window, loss, _ in wanted:
         if loss not in WINDOW_LOSSES or not (window == "full" or window.isdigit()):
             raise runner.RunError(
                 "A window must be a number or `full`, and a window loss must be one of "
                 f"{', '.join(WINDOW_LOSSES)}. Received: {window}, {loss}"
             )
     for seed in FLAGS.seeds:
-        for cell in dict.fromkeys(grid):
+        for cell in dict.fromkeys(wanted):
             yield Cell(*cell, seed=int(seed))
 
 
@@ -111,28 +106,31 @@ def main() -> None:
         "window_study", f"{len(todo)}cells", free=["windows", "window_losses", "cells", "jobs"]
     )
     rows: list[dict[str, Any]] = []
-    found = grid.run_each([cell.run for cell in todo], directory / "cells")
-    for cell, results in zip(todo, found, strict=True):
-        rows.append(
-            {
-                "window": cell.window,
-                "window_loss": cell.window_loss,
-                "backprop_windows": results["backprop_windows"],
-                "seed": cell.seed,
-                "test_accuracy": results["test_accuracy"],
-                "train_seconds": round(sum(e["train_seconds"] for e in results["epochs"]), 1),
-                "peak_rss_mb": results["peak_rss_mb"],
-                "packing_efficiency": results["packing_efficiency"],
-            }
-        )
-        directory.write_results(
-            {
-                "dataset": FLAGS.data,
-                "epochs": FLAGS.epochs,
-                "cells": rows,
-                "cores_per_cell": grid.cores_per_run(),
-            }
-        )
+    with contextlib.closing(
+        grid.run_each([cell.run for cell in todo], directory / "cells")
+    ) as found:
+        for cell, results in zip(todo, found, strict=True):
+            rows.append(
+                {
+                    "window": cell.window,
+                    "window_loss": cell.window_loss,
+                    "backprop_windows": results["backprop_windows"],
+                    "seed": cell.seed,
+                    "test_accuracy": results["test_accuracy"],
+                    "train_seconds": round(sum(e["train_seconds"] for e in results["epochs"]), 1),
+                    "peak_rss_mb": results["peak_rss_mb"],
+                    "packing_efficiency": results["packing_efficiency"],
+                }
+            )
+            print(f"{cell.key}: {results['test_accuracy']:.4f}")
+            directory.write_results(
+                {
+                    "dataset": FLAGS.data,
+                    "epochs": FLAGS.epochs,
+                    "cells": rows,
+                    "cores_per_cell": grid.cores_per_run(),
+                }
+            )
     draw(rows, directory / "window_study.png")
     print_closing_table(rows)
     print(f"run directory: {directory.path}")

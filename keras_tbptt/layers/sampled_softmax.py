@@ -27,6 +27,9 @@ class SampledSoftmax(SamplingLayer):
     Classes are drawn with a chance that falls as 1 / (class + 1). So the classes must be sorted by
     falling frequency, as `keras.layers.TextVectorization` and `keras_tbptt.text` sort words.
 
+    A rare class is drawn in few steps, so its bias hardly moves. Where frequencies are known,
+    assign their logs to `bias` before training.
+
     The loss that `fit` reports is that of the sample, which is lower than the exact one.
     Metrics of this output would need all classes: `fit` reports them for the validation data
     alone. With `keras_tbptt.optimizers.LazyAdam`, a step updates only the rows of the targets and

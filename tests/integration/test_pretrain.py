@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from integration.several import several
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -49,6 +50,24 @@ def test_killed_and_resumed_it_saves_the_same_encoder_to_the_bit(tmp_path):
     assert (about["units"], about["embedding_dim"], about["vocabulary"]) == (8, 8, 50)
     output = finish(start(*flags, f"--run_dir={tmp_path}/run"))
     assert "This run is complete." in output
+
+
+def test_an_untrained_language_model_gives_each_word_its_frequency():
+    code = (
+        "import json, numpy as np\n"
+        "from absl import flags\n"
+        "from experiments import pretrain\n"
+        "flags.FLAGS(['', '--units=4', '--embedding_dim=4', '--samples=2'])\n"
+        "model = pretrain.build_model(np.array([0, 6, 3, 1]), 'float32')\n"
+        "bias = model.get_layer('logits').bias.numpy()\n"
+        "print(json.dumps(np.exp(bias).tolist()))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    # Each word once more, so that none is impossible.
+    expected = [1 / 14, 7 / 14, 4 / 14, 2 / 14]
+    assert json.loads(found.stdout) == pytest.approx(expected, rel=1e-6)
 
 
 def test_one_command_trains_the_encoder_and_the_classifier_that_starts_from_it(tmp_path):

@@ -71,7 +71,7 @@ def test_what_is_no_number_is_an_error(flag, value):
 def test_tables_and_pictures_show_each_setting(tmp_path, capsys):
     with flagsaver.flagsaver(units=["8", "16", "32", "64"], labels=["10", "all"]):
         parts = pretrain_study.settings_of_parts()
-    rows = rows_of({s: None for settings in parts.values() for s in settings})
+    rows = rows_of({s for settings in parts.values() for s in settings})
     pretrain_study.print_closing_tables(rows, parts)
     said = capsys.readouterr().out
     assert said.count("experiments.pretrain_study") == 3
