@@ -106,7 +106,7 @@ def encode(
         `tf.RaggedTensor` of int32 ids `[documents, (words)]`.
 
     Raises:
-        ValueError: As `make_vectorizer`.
+        ValueError: As `make_vectorizer`, or if the vectorizer pads its rows.
 
     Example:
 
@@ -115,6 +115,7 @@ def encode(
     ids.to_list()  # [[3, 2], [1]]
     ```
     """
+    check_ragged(vectorizer)
     batches = tf.data.Dataset.from_tensor_slices(_as_bytes(texts)).batch(_BATCH)
     # One text is split by one core: side by side they use all of them.
     rows = batches.map(
@@ -186,6 +187,22 @@ def write_vocabulary(
     }
     content = json.dumps(vocabulary, ensure_ascii=False)
     return write_whole(pathlib.Path(path), content.encode())
+
+
+def check_ragged(vectorizer: keras.layers.TextVectorization) -> None:
+    """Raises an error if a vectorizer pads its rows, because padding would be read as words.
+
+    Args:
+        vectorizer: The vectorizer.
+
+    Raises:
+        ValueError: If its ids are not ragged.
+    """
+    if not vectorizer.get_config()["ragged"]:
+        raise ValueError(
+            "A vectorizer must not pad its rows: make it with `keras_tbptt.text.make_vectorizer`, "
+            "or give `ragged=True` to `TextVectorization`. Received: ragged=False"
+        )
 
 
 def separator_of(vectorizer: keras.layers.TextVectorization) -> str:

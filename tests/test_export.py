@@ -293,6 +293,13 @@ def test_exports_at_once_each_get_a_version(keep, model, tmp_path, monkeypatch):
     assert left == (list(range(1, 13)) if keep is None else [12])
 
 
+def test_a_vectorizer_that_pads_is_refused(model, tmp_path):
+    padding = keras.layers.TextVectorization(vocabulary=["good", "film"])
+    with pytest.raises(ValueError, match=r"must not pad.*ragged=True.*Received: ragged=False"):
+        keras_tbptt.export_saved_model(model, tmp_path / "exports", padding)
+    assert not (tmp_path / "exports").exists()
+
+
 def test_a_failed_export_leaves_nothing(model, vectorizer, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("No space left on device")

@@ -136,6 +136,12 @@ def test_what_is_no_text_is_refused(strange, read, texts, message):
         read(strange, texts)
 
 
+def test_a_vectorizer_that_pads_is_refused():
+    padding = keras.layers.TextVectorization(vocabulary=["good", "film"])
+    with pytest.raises(ValueError, match=r"must not pad.*ragged=True.*Received: ragged=False"):
+        encode(padding, ["good film", "good"])
+
+
 def test_characters_keep_case_and_line_breaks_through_every_file(tmp_path):
     text = "To be,\nor\tnot\r\nto \u2028 be"
     vectorizer = make_vectorizer([text], standardize=None, split="character")

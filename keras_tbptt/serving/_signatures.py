@@ -13,7 +13,7 @@ from keras_tbptt._batches import embeddings_of_ids
 from keras_tbptt._inputs import ModelInputs
 from keras_tbptt.serving._generation import Generator, excluded_ids
 from keras_tbptt.serving._stream import DocumentRunner, StreamState, at_every_step
-from keras_tbptt.text import WORDLESS, separator_of, standardize
+from keras_tbptt.text import WORDLESS, check_ragged, separator_of, standardize
 
 _TEXT = tf.TensorSpec([None], tf.string, name="text")
 _LENGTHS = tf.TensorSpec([None], tf.int32, name="lengths")
@@ -96,6 +96,8 @@ class _Served:
         self.inputs = [*specs.values()]
         self.static = [specs[name] for name in self._form.static]
         _check_names(self.inputs)
+        if vectorizer is not None:
+            check_ragged(vectorizer)
         if vectorizer is not None and len(self._form.steps) > 1:
             raise ValueError(
                 "A text gives one input per step, so a vectorizer needs a model with one such "

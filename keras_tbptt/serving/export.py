@@ -94,9 +94,9 @@ def export_saved_model(
     Raises:
         ImportError: If there are warm-up texts and the extra `serving` is not installed.
         ValueError: If the model has no stateful layer, an input has a name of the export's own,
-            there is a vectorizer for several inputs per step, an output is named `state`, or
-            `lengths` where the reply has it, two outputs have one name, the version already exists,
-            or an argument is out of range.
+            there is a vectorizer for several inputs per step, or one that pads its rows, an output
+            is named `state`, or `lengths` where the reply has it, two outputs have one name, the
+            version already exists, or an argument is out of range.
         OSError: If the directory cannot be written; nothing is left behind then.
 
     Example:
