@@ -31,10 +31,12 @@ class GradientWalk:
         steps, real, y, weights = documents.whole([0])
         steps, real = _spec(steps, 2), _spec(real, 2)
         y, weights = tf.nest.map_structure(lambda array: _spec(array, 1), (y, weights))
-        begin = tf.function(self._begin).get_concrete_function(steps, real, y, weights)
+        begin = tf.function(self._begin, autograph=False).get_concrete_function(
+            steps, real, y, weights
+        )
         place = tf.TensorSpec([], tf.int32)
         self._begin_graph = begin
-        self._go_on_graph = tf.function(self._go_on).get_concrete_function(
+        self._go_on_graph = tf.function(self._go_on, autograph=False).get_concrete_function(
             steps, real, *begin.structured_outputs[:3], place, place
         )
 

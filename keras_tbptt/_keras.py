@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
+from keras.src import backend
 
 
 def flatten_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
@@ -230,17 +231,27 @@ def take_strategy(model: keras.Model) -> tf.distribute.Strategy | None:
 
 
 def build_compiled(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> None:
-    """Makes the variables of losses, metrics and optimizer, which no replica can make alone.
+    """Makes the variables of losses and metrics.
+
+    No replica can make them alone, and TensorFlow traces a step twice that makes variables.
 
     Args:
-        model: A compiled model.
+        model: A compiled functional model.
         x: `tf.TensorSpec`s of the model's inputs.
         y: `tf.TensorSpec`s of the targets; None if there are none.
         sample_weight: `tf.TensorSpec`s of their weights.
     """
-    model._symbolic_build(data_batch=(x, y, sample_weight))
-    if model.optimizer is not None and not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
+    batch = keras.tree.map_structure(_symbolic, (x, y, model.output, sample_weight))
+    if model._compile_loss is not None and not model._compile_loss.built:
+        backend.compute_output_spec(model._compute_loss, *batch, training=False)
+    if model._compile_metrics is not None and not model._compile_metrics.built:
+        backend.compute_output_spec(model.compute_metrics, *batch)
+
+
+def _symbolic(spec: Any) -> keras.KerasTensor | None:
+    if spec is None:
+        return None
+    return keras.KerasTensor(spec.shape, keras.backend.standardize_dtype(spec.dtype))
 
 
 def apply_summed(

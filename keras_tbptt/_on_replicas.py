@@ -13,7 +13,7 @@ from keras_tbptt import _batches, _keras
 from keras_tbptt._compiled import check_compiled, check_optimizer
 from keras_tbptt._replicas import summed_over_replicas
 from keras_tbptt._sampling import SamplesClasses
-from keras_tbptt._steps import model_scope
+from keras_tbptt._steps import build_optimizer, model_scope
 from keras_tbptt.state import reset_states
 
 
@@ -57,10 +57,17 @@ class StepsOnReplicas(SamplesClasses):
         flags = _batches.with_all_flags(flags, self.all_lanes, self.window)
         y, sample_weight = _batches.as_outputs(y, sample_weight, self)
         flags, y, sample_weight = self.replicas.specs((flags, y, sample_weight))
-        if self.replicas.strategy is not None:
+        if not self.compiled:  # which Keras says in its own words
+            return flags, y, sample_weight
+        several = self.replicas.strategy is not None
+        if several:
             check_optimizer(self)
-            with model_scope(self):
+        with model_scope(self):
+            if several or not self.run_eagerly:  # an eager metric may be no graph
                 _keras.build_compiled(self, flags["inputs"], y, sample_weight)
+            if learns:
+                build_optimizer(self)
+        if several:
             check_compiled(self)
         return flags, y, sample_weight
 

@@ -170,7 +170,8 @@ class Replicas:
 
     @functools.cached_property
     def _gather(self) -> Callable:
-        @tf.function(reduce_retracing=True)  # eagerly it is slow, and TensorFlow warns of it
+        # Eagerly it is slow, and TensorFlow warns of it.
+        @tf.function(reduce_retracing=True, autograph=False)
         def gather(numbers: tf.Tensor) -> tf.Tensor:
             return self.strategy.gather(self.strategy.run(tf.identity, (numbers,)), axis=0)
 

@@ -186,7 +186,7 @@ class OneWindow:
             learns: What `learns` has returned.
         """
         model = self._model
-        _build(model.optimizer, model.trainable_variables)
+        build_optimizer(model)
         zero = tf.zeros([], keras.backend.floatx())
         return _if(
             learns,
@@ -301,7 +301,7 @@ class SeveralWindows:
                 history.clear()
             return True
 
-        _build(model.optimizer, model.trainable_variables)
+        build_optimizer(model)
         _if(learns, learn, lambda: False)
         return Found(seen(y_pred), loss)
 
@@ -355,6 +355,17 @@ def model_scope(model: keras.Model) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
+def build_optimizer(model: keras.Model) -> None:
+    """Makes the optimizer's variables, which cannot be made inside a branch of `tf.cond`.
+
+    Args:
+        model: A compiled model.
+    """
+    if not model.optimizer.built:
+        with tf.init_scope():
+            model.optimizer.build(model.trainable_variables)
+
+
 def _if(condition: bool | tf.Tensor, yes: Callable, no: Callable) -> Any:
     if isinstance(condition, bool):
         return yes() if condition else no()
@@ -393,13 +404,6 @@ def _learning_windows(model: keras.Model, windows: DocumentWindows) -> int:
         known = tf.nest.flatten(windows.known)
         learns = learns & np.any([each > 0 for each in known], axis=0)
     return int(learns.any(axis=1).sum())
-
-
-def _build(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> None:
-    """Makes the optimizer's variables, which cannot be made inside a branch of `tf.cond`."""
-    if not optimizer.built:
-        with tf.init_scope():
-            optimizer.build(variables)
 
 
 def _without_mask(tensor: tf.Tensor, shape: Any = None) -> tf.Tensor:

@@ -114,7 +114,7 @@ class _Forecaster:
         self.form = ModelInputs(self.model)
         self.target = self._target_of(target)
         self._runner = DocumentRunner(self.model, last_step=True)
-        self.compiled = tf.function(self.run, reduce_retracing=True)
+        self.compiled = tf.function(self.run, reduce_retracing=True, autograph=False)
         self._check_single_steps()
 
     def run(
@@ -196,7 +196,7 @@ class _Forecaster:
             values = rng.normal(size=shape) if floats else np.ones(shape)
             inputs[name] = values.astype("float32" if floats else "int32")
 
-        @tf.function
+        @tf.function(autograph=False)
         def outputs() -> tuple[tf.Tensor, tf.Tensor]:
             full, one = tf.fill([2], window), tf.ones([2], "int32")
             at_once, _ = self._runner.run(self.form.as_given(inputs), full)

@@ -107,7 +107,7 @@ class _CompiledGenerator(Generator):
     def __init__(self, model: keras.Model):
         super().__init__(model)
         self.model = model
-        self.compiled = tf.function(self.run, reduce_retracing=True)
+        self.compiled = tf.function(self.run, reduce_retracing=True, autograph=False)
 
 
 def _generator_of(model: keras.Model) -> _CompiledGenerator:

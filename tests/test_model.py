@@ -262,6 +262,31 @@ def test_prediction_builds_one_step_however_many_an_execution_has(monkeypatch):
     assert len(traced) == 1 and model.steps_per_execution == 5
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "auc"])
+def test_a_training_step_is_traced_once(metric, monkeypatch):
+    traced = []
+    step = TBPTTModel.train_step
+    monkeypatch.setattr(
+        TBPTTModel, "train_step", lambda self, data: traced.append(0) or step(self, data)
+    )
+    model = token_model()
+    model.compile("adam", "binary_crossentropy", weighted_metrics=[metric])
+    model.fit(windows_for(model), epochs=2, verbose=0)
+    assert len(traced) == 1
+
+
+def test_an_eager_metric_need_not_be_a_graph():
+    def positive(y_true, y_pred):
+        return tf.constant((y_pred.numpy() > 0.5).astype("float32"))
+
+    model = token_model()
+    model.compile("sgd", "binary_crossentropy", weighted_metrics=[positive], run_eagerly=True)
+    documents, labels = random_documents(8), random_labels(8)
+    found = model.evaluate(windows_for(model, documents, labels), verbose=0, return_dict=True)
+    expected = np.mean(model.predict_documents(documents) > 0.5)
+    np.testing.assert_allclose(found["positive"], expected, atol=1e-6)
+
+
 def test_evaluating_the_training_windows_leaves_their_order_alone():
     model = compiled(token_model())
     windows = windows_for(model, shuffle=True, seed=1)

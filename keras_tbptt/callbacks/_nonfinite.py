@@ -43,7 +43,7 @@ def find_cause(
     Returns:
         A phrase that names the window, its lanes and their documents.
     """
-    train_step = tf.function(model.train_step)
+    train_step = tf.function(model.train_step, autograph=False)
     kept = [v.value for v in (*model.trainable_variables, *state_variables(model))]
     model.reset_metrics()
     for epoch in range(begin[0], end[0] + 1):

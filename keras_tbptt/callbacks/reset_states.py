@@ -216,7 +216,7 @@ class ResetStates(keras.callbacks.Callback):
 
     @functools.cached_property
     def _reset_lanes(self) -> Any:
-        return tf.function(lambda lanes: reset_states(self.model, lanes))
+        return tf.function(lambda lanes: reset_states(self.model, lanes), autograph=False)
 
 
 def _read_starts(windows: Any, name: str) -> np.ndarray:

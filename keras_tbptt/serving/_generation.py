@@ -156,7 +156,7 @@ class Generator:
         ids = np.random.default_rng(0).integers(self.padding, self.classes, (2, self._window))
         ids = ids.astype("int32")
 
-        @tf.function
+        @tf.function(autograph=False)
         def outputs() -> tuple[tf.Tensor, tf.Tensor]:
             at_once, _ = self._runner.run(tf.constant(ids), tf.fill([2], self._window))
             states = initial_states(self._model, 2)

@@ -319,7 +319,7 @@ def _graph_function(
 ) -> tf.types.experimental.PolymorphicFunction:
     """A graph function that names an input of the wrong rank, which TF Serving does not check."""
 
-    @tf.function(input_signature=specs)
+    @tf.function(input_signature=specs, autograph=False)
     def function(*given):
         return serve(
             *(tf.ensure_shape(t, spec.shape) for t, spec in zip(given, specs, strict=True))

@@ -77,7 +77,7 @@ class FixedStep:
             tf.TensorSpec([lanes, self._layout.width], tf.float32, name="state"),
             tf.TensorSpec([lanes], tf.bool, name="start"),
         ]
-        self.function = tf.function(self._run, input_signature=self.inputs)
+        self.function = tf.function(self._run, input_signature=self.inputs, autograph=False)
 
     def _run(self, *given: tf.Tensor) -> dict[str, tf.Tensor]:
         *inputs, lengths, state, start = given

@@ -102,7 +102,9 @@ def _any_shapes(model: keras.Model, last_step: bool) -> tf.types.experimental.Po
     # The width of the state is in the file, for who makes the first one.
     state = tf.TensorSpec([None, StreamState(model, last_step).width], tf.float32, name="state")
 
-    @tf.function(input_signature=[state if spec.name == "state" else spec for spec in given])
+    specs = [state if spec.name == "state" else spec for spec in given]
+
+    @tf.function(input_signature=specs, autograph=False)
     def step(*given):
         replies = dict(stream(*given))
         replies.pop("lengths", None)  # ONNX allows no output with the name of an input
