@@ -33,9 +33,9 @@ flags.DEFINE_string(
 )  # fmt: skip
 flags.DEFINE_boolean(
     "pretrain", False, "Whether a language model is trained first, with the same window and sizes; "
-    "256 units if --units is not given. A later run uses the same one."
+    "512 units if --units is not given. A later run uses the same one."
 )  # fmt: skip
-flags.DEFINE_integer("pretrain_epochs", 3, "Epochs of that language model.", 1)
+flags.DEFINE_integer("pretrain_epochs", 1, "Epochs of that language model.", 1)
 flags.DEFINE_float(
     "layer_decay", 1.0, "By what the learning rate of the LSTM is divided, and that of the "
     "embedding twice. Howard and Ruder (2018) take 2.6.", 1
@@ -49,7 +49,7 @@ FLAGS = flags.FLAGS
 _SIZES = {"vocab_size": "vocabulary", "embedding_dim": "embedding_dim", "units": "units"}
 # From the output down.
 _LAYERS = ("lstm", "embedding")
-_UNITS = 256
+_UNITS = 512
 
 
 def encoder_of_flags() -> encoder.Encoder | None:

@@ -26,8 +26,8 @@ from experiments import data, encoded, encoder, figures, runner
 
 flags.DEFINE_integer("window", 30, "Steps in a window (K).", 1)
 flags.DEFINE_integer("lanes", 128, "Rows of a batch, so how many reviews run side by side.", 1)
-flags.DEFINE_integer("epochs", 3, "Passes over the reviews.", 1)
-flags.DEFINE_integer("units", 256, "Units of the LSTM.", 1)
+flags.DEFINE_integer("epochs", 1, "Passes over the reviews.", 1)
+flags.DEFINE_integer("units", 512, "Units of the LSTM.", 1)
 flags.DEFINE_integer("embedding_dim", 128, "Size of the embedding.", 1)
 flags.DEFINE_integer("vocab_size", 20_000, "Number of ids, padding and unknown words included.", 3)
 flags.DEFINE_integer(

@@ -50,8 +50,8 @@ class Setting:
         labels: int. Reviews with labels, or None for all.
     """
 
-    units: int = 256
-    epochs: int = 3
+    units: int = 512
+    epochs: int = 1
     window: int = 30
     labels: int | None = None
 
