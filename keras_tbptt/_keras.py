@@ -243,7 +243,8 @@ def build_compiled(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> No
     """
     batch = keras.tree.map_structure(_symbolic, (x, y, model.output, sample_weight))
     if model._compile_loss is not None and not model._compile_loss.built:
-        backend.compute_output_spec(model._compute_loss, *batch, training=False)
+        # Only a step calls the losses, so a step says what does not fit.
+        model._compile_loss.build(targets_like(model, y, model.output), model.output)
     if model._compile_metrics is not None and not model._compile_metrics.built:
         backend.compute_output_spec(model.compute_metrics, *batch)
 
