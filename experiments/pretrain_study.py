@@ -43,6 +43,8 @@ FLAGS = flags.FLAGS
 class Setting:
     """What is trained. The defaults are what one axis at a time departs from.
 
+    They are smaller than those of `experiments.pretrain`, and train three times as fast.
+
     Attributes:
         units: int. Units of the LSTM.
         epochs: int. Epochs of the language model; 0 for a classifier from scratch.
@@ -50,7 +52,7 @@ class Setting:
         labels: int. Reviews with labels, or None for all.
     """
 
-    units: int = 512
+    units: int = 256
     epochs: int = 1
     window: int = 30
     labels: int | None = None
