@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from absl import flags
 
 import keras_tbptt
 from experiments import data, encoded, encoder, runner, workers
+from keras_tbptt._files import write_whole
 
 # The defaults of flags where there is an encoder, chosen on reviews of held-out films. Few words
 # are dropped, because the language model was trained without dropped words.
@@ -75,6 +78,7 @@ def encoder_of_flags() -> encoder.Encoder | None:
                 f"--pretrain. Received: --layer_decay={FLAGS.layer_decay} "
                 f"--unfreeze_epochs={FLAGS.unfreeze_epochs}"
             )
+        _refuse_pretrain_epochs()
         return None
     for flag, value in _RECIPE.items():
         if not FLAGS[flag].present:
@@ -84,10 +88,14 @@ def encoder_of_flags() -> encoder.Encoder | None:
             "The embedding would never learn: give less than half of --epochs. "
             f"Received: --unfreeze_epochs={FLAGS.unfreeze_epochs} --epochs={FLAGS.epochs}"
         )
+    if FLAGS.pretrained:
+        _refuse_pretrain_epochs()
     try:
         found = encoder.load(_trained() if FLAGS.pretrain else pathlib.Path(FLAGS.pretrained))
     except encoder.EncoderError as error:
         raise runner.RunError(str(error)) from error
+    if FLAGS.pretrain:  # with the sizes of the flags; the vocabulary may have fewer words
+        return found
     for flag, size in _SIZES.items():
         if FLAGS[flag].present and getattr(FLAGS, flag) != found.about[size]:
             raise runner.RunError(
@@ -96,6 +104,14 @@ def encoder_of_flags() -> encoder.Encoder | None:
             )
         setattr(FLAGS, flag, found.about[size])
     return found
+
+
+def _refuse_pretrain_epochs() -> None:
+    if FLAGS.pretrain_epochs != FLAGS["pretrain_epochs"].default:
+        raise runner.RunError(
+            "Only --pretrain trains a language model: give it, or leave out --pretrain_epochs. "
+            f"Received: --pretrain_epochs={FLAGS.pretrain_epochs}"
+        )
 
 
 def _trained() -> pathlib.Path:
@@ -114,12 +130,13 @@ def _trained() -> pathlib.Path:
         "vocab_size": FLAGS.vocab_size,
         "epochs": FLAGS.pretrain_epochs,
         "limit": FLAGS.limit,
+        "precision": None if FLAGS.precision == "float32" else FLAGS.precision,
     }
     given = {name: value for name, value in given.items() if value is not None}
     parts = [FLAGS.data, *(f"{name}{value}" for name, value in given.items())]
     run = pathlib.Path("runs/pretrain") / "-".join(parts).replace("_", "")
-    given |= {"data": FLAGS.data, "data_dir": FLAGS.data_dir, "precision": FLAGS.precision}
-    given |= {"cache_dir": FLAGS.cache_dir, "backup_seconds": FLAGS.backup_seconds, "run_dir": run}
+    given |= {"data": FLAGS.data, "data_dir": FLAGS.data_dir, "cache_dir": FLAGS.cache_dir}
+    given |= {"backup_seconds": FLAGS.backup_seconds, "run_dir": run}
     command = [sys.executable, "-m", "experiments.pretrain", "--resume"]
     command += [f"--{name}={value}" for name, value in given.items() if value is not None]
     process = subprocess.Popen(command)
@@ -128,6 +145,8 @@ def _trained() -> pathlib.Path:
     except (KeyboardInterrupt, SystemExit):
         process.send_signal(signal.SIGTERM)
         process.wait()
+        same = shlex.join(["python", "-m", "experiments.imdb", *sys.argv[1:]])
+        print(f"Then train the classifier, or do both with: {same}", file=sys.stderr)
         raise
     if code:
         raise runner.RunError(
@@ -135,6 +154,29 @@ def _trained() -> pathlib.Path:
             f"resumes. Received: exit code {code}"
         )
     return run / "encoder"
+
+
+def check_same_encoder(found: encoder.Encoder, directory: runner.RunDirectory) -> None:
+    """Keeps what a run begins from, and refuses to resume it from something else.
+
+    Args:
+        found: The encoder.
+        directory: The directory of the run.
+
+    Raises:
+        RunError: If the run has begun from another encoder.
+    """
+    path = directory / "encoder.json"
+    if not path.exists():
+        write_whole(path, (json.dumps(found.about, indent=2) + "\n").encode())
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before != found.about:
+        raise runner.RunError(
+            "The run to resume has begun from another encoder: give that one with --pretrained, or "
+            f"another --run_dir. Received: {found.about['weights_sha256'][:12]}; the run has "
+            f"{before['weights_sha256'][:12]}"
+        )
 
 
 def load_corpus(pretrained: encoder.Encoder | None) -> encoded.Encoded:

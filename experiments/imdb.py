@@ -110,10 +110,11 @@ flags.adopt_module_key_flags(finetune)
 FLAGS = flags.FLAGS
 
 
-def build_model(replicas: int, precision: str) -> keras_tbptt.TBPTTModel:
+def build_model(vocabulary: int, replicas: int, precision: str) -> keras_tbptt.TBPTTModel:
     """Builds the model that the flags describe: an embedding, an LSTM and a sigmoid.
 
     Args:
+        vocabulary: int. The number of ids.
         replicas: int. Between how many replicas the lanes are divided.
         precision: `"float32"` or `"bfloat16"`. What operands of products are rounded to.
 
@@ -127,9 +128,9 @@ def build_model(replicas: int, precision: str) -> keras_tbptt.TBPTTModel:
         )
     lanes, window = FLAGS.lanes // replicas, FLAGS.window
     tokens = keras.Input(batch_shape=(lanes, window), dtype="int32", name="tokens")
-    x = keras.layers.Embedding(
-        FLAGS.vocab_size, FLAGS.embedding_dim, mask_zero=True, name="embedding"
-    )(tokens)
+    x = keras.layers.Embedding(vocabulary, FLAGS.embedding_dim, mask_zero=True, name="embedding")(
+        tokens
+    )
     x = keras.layers.Dropout(FLAGS.word_dropout, noise_shape=(lanes, window, 1))(x)
     pooled = FLAGS.window_loss == "pooled"
     x = keras_tbptt.layers.LSTM(
@@ -195,9 +196,13 @@ def main() -> None:
     if directory is None:
         return
 
+    if pretrained:
+        finetune.check_same_encoder(pretrained, directory)
     precision, reason = runner.choose_precision(FLAGS.precision)
+    replicas = 1 if strategy is None else strategy.num_replicas_in_sync
+    vocabulary = pretrained.about["vocabulary"] if pretrained else FLAGS.vocab_size
     with workers.scope(strategy):
-        model = build_model(1 if strategy is None else strategy.num_replicas_in_sync, precision)
+        model = build_model(vocabulary, replicas, precision)
     if pretrained:
         finetune.transfer(pretrained, model)
     together = FLAGS.window_loss in FINAL_LOSSES or model.backprop_windows == "all"

@@ -114,7 +114,9 @@ def main() -> None:
     except (data.DataUnavailableError, ValueError) as error:
         raise runner.RunError(str(error)) from error
     directory = runner.RunDirectory(
-        "pretrain", f"window{FLAGS.window}-units{FLAGS.units}", free=["backup_seconds", "cache_dir"]
+        "pretrain",
+        f"window{FLAGS.window}-units{FLAGS.units}",
+        free=["backup_seconds", "cache_dir", "data_dir"],
     )
     if directory.results:
         print("This run is complete.")

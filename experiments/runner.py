@@ -426,7 +426,7 @@ def print_table(title: str, rows: Mapping[str, Any]) -> None:
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in rows.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
-    Console().print(table)
+    _print(table)
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -440,6 +440,10 @@ def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*map(str, row))
+    _print(table)
+
+
+def _print(table: Table) -> None:
     # A file or a pipe has no width, so lines need not be folded.
     console = Console()
     Console(width=None if console.is_terminal else 160).print(table)

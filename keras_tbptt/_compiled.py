@@ -33,6 +33,25 @@ def check_optimizer_keys(model: keras.Model) -> None:
         )
 
 
+def check_trainable(model: keras.Model) -> None:
+    """Refuses weights that were frozen when the optimizer was built, and are trainable now.
+
+    A step that is traced would go on without them, and another one fail.
+
+    Args:
+        model: A compiled `TBPTTModel`.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    unknown = _keras.unknown_to(model.optimizer, model.trainable_variables)
+    if unknown:
+        raise ValueError(
+            "Layers have become trainable since the model was compiled: call `compile` again. "
+            f"Received: {[variable.path for variable in unknown]}"
+        )
+
+
 def check_optimizer(model: keras.Model) -> None:
     """Refuses an optimizer that is not of the replicas, or that each would use on its own.
 

@@ -7,7 +7,7 @@ import functools
 import inspect
 import operator
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -233,7 +233,8 @@ def take_strategy(model: keras.Model) -> tf.distribute.Strategy | None:
 def build_compiled(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> None:
     """Makes the variables of losses and metrics.
 
-    No replica can make them alone, and TensorFlow traces a step twice that makes variables.
+    No replica can make them alone, and TensorFlow traces a step twice that makes variables. Losses
+    are not called, so a step says what does not fit.
 
     Args:
         model: A compiled functional model.
@@ -243,10 +244,10 @@ def build_compiled(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> No
     """
     batch = keras.tree.map_structure(_symbolic, (x, y, model.output, sample_weight))
     if model._compile_loss is not None and not model._compile_loss.built:
-        # Only a step calls the losses, so a step says what does not fit.
         model._compile_loss.build(targets_like(model, y, model.output), model.output)
     if model._compile_metrics is not None and not model._compile_metrics.built:
-        backend.compute_output_spec(model.compute_metrics, *batch)
+        # Not their results, which may have any shape.
+        backend.compute_output_spec(model._compile_metrics.update_state, *batch[1:])
 
 
 def _symbolic(spec: Any) -> keras.KerasTensor | None:
@@ -301,9 +302,31 @@ def optimizer_of(optimizer: keras.optimizers.Optimizer, variable: Any) -> Any:
         optimizer: A built optimizer.
         variable: One of the variables that it was built for.
     """
+    optimizer = _without_wrappers(optimizer)
     if not isinstance(optimizer, keras.optimizers.MultiOptimizer):
         return optimizer
     return optimizer.optimizers[optimizer._var_to_optimizer_idx[optimizer._var_key(variable)]]
+
+
+def unknown_to(optimizer: keras.optimizers.Optimizer, variables: Iterable[Any]) -> list[Any]:
+    """The variables that a built optimizer was not built for; none before it is built.
+
+    Args:
+        optimizer: An optimizer.
+        variables: Variables of a model.
+    """
+    optimizer = _without_wrappers(optimizer)
+    if not optimizer.built:
+        return []
+    known = {id(variable) for variable in optimizer._trainable_variables}
+    return [variable for variable in variables if id(variable) not in known]
+
+
+def _without_wrappers(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """What a `LossScaleOptimizer` wraps, which mixed_float16 puts around any optimizer."""
+    while (inner := getattr(optimizer, "inner_optimizer", None)) is not None:
+        optimizer = inner
+    return optimizer
 
 
 def keys_of_optimizers(optimizer: keras.optimizers.Optimizer) -> list[str]:
@@ -312,7 +335,7 @@ def keys_of_optimizers(optimizer: keras.optimizers.Optimizer) -> list[str]:
     Args:
         optimizer: An optimizer.
     """
-    by_key = getattr(optimizer, "_optimizer_map", None)
+    by_key = getattr(_without_wrappers(optimizer), "_optimizer_map", None)
     return list(by_key) if isinstance(by_key, keras.optimizers.OptimizerMap) else []
 
 
@@ -323,6 +346,17 @@ def strategy_of(optimizer: keras.optimizers.Optimizer) -> tf.distribute.Strategy
         optimizer: An optimizer.
     """
     return optimizer._distribution_strategy
+
+
+def keep_losses(model: keras.Model, scope: keras.StatelessScope) -> None:
+    """Leaves what layers added to the loss within a scope where a plain call would.
+
+    Args:
+        model: The model that was called within the scope.
+        scope: A scope that collects losses, which has ended.
+    """
+    for layer in flatten_layers(model):
+        layer._losses.extend(loss for loss in scope.losses if id(loss) in layer._loss_ids)
 
 
 def original_of_clone(outputs: Any) -> keras.Model | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,9 +33,13 @@ class StepsOnReplicas(SamplesClasses):
         super().__init__(*args, **kwargs)
         self._end_is_known = {True: True, False: True}  # of training, of evaluation
         self._ends_apart = False
+        self._not_built: dict[bool, tuple] = {}  # the batches of a training, of an evaluation
 
     def prepare(self, dataset: tf.data.Dataset, learns: bool = False) -> tuple[Any, Any, Any]:
-        """Makes the variables of a training or an evaluation before the first step.
+        """Looks at the batches of a training or an evaluation.
+
+        Replicas need the variables of losses, metrics and optimizer before any callback runs. On
+        one device the first step is early enough: callbacks may change weights and freeze layers.
 
         Args:
             dataset: Batches with flags, of all replicas.
@@ -59,17 +64,28 @@ class StepsOnReplicas(SamplesClasses):
         flags, y, sample_weight = self.replicas.specs((flags, y, sample_weight))
         if not self.compiled:  # which Keras says in its own words
             return flags, y, sample_weight
-        several = self.replicas.strategy is not None
-        if several:
+        self._not_built[learns] = flags["inputs"], y, sample_weight
+        if self.replicas.strategy is not None:
             check_optimizer(self)
-        with model_scope(self):
-            if several or not self.run_eagerly:  # an eager metric may be no graph
-                _keras.build_compiled(self, flags["inputs"], y, sample_weight)
-            if learns:
-                build_optimizer(self)
-        if several:
+            self._build(learns)
             check_compiled(self)
         return flags, y, sample_weight
+
+    def _build(self, learns: bool) -> None:
+        """Makes the variables of losses, metrics and optimizer, where it has not been done."""
+        batch = self._not_built.pop(learns, None)
+        if batch is None:
+            return
+        alone = self.replicas.strategy is None
+        with model_scope(self):
+            if not alone:
+                _keras.build_compiled(self, *batch)
+            elif not self.run_eagerly:  # an eager metric may be no graph
+                # Without these variables a step makes its own, and is traced twice.
+                with contextlib.suppress(Exception):
+                    _keras.build_compiled(self, *batch)
+            if learns and self.optimizer is not None:
+                build_optimizer(self)
 
     def on_replicas(
         self, step: Callable, x: Any, y: Any, weight: Any, share: Any
@@ -147,6 +163,7 @@ class StepsOnReplicas(SamplesClasses):
         """
 
         def run(iterator: Any) -> dict[str, tf.Tensor]:
+            self._build(learns)
             if self.replicas.strategy is None and self._end_is_known[learns]:
                 return function(iterator)
             rest = iterator if learns else self._until_all_end(iterator)

@@ -35,6 +35,18 @@ def penalty(model: keras.Model, loss: tf.Tensor) -> tf.Tensor:
     return tf.add_n(terms) if terms else tf.zeros_like(loss)
 
 
+def weight_penalty(model: keras.Model, loss: tf.Tensor) -> tf.Tensor:
+    """The part of `penalty` that depends on weights alone, and not on a window.
+
+    Args:
+        model: The model.
+        loss: A scalar, for its dtype.
+    """
+    weights = [weight for weight in model.trainable_weights if weight.regularizer is not None]
+    terms = [tf.cast(weight.regularizer(weight), loss.dtype) for weight in weights]
+    return tf.add_n(terms) if terms else tf.zeros_like(loss)
+
+
 def batch_loss(
     model: keras.Model, x: Any, y: Any, y_pred: Any, weight: Any, share: Any, training: bool
 ) -> BatchLoss:
@@ -63,17 +75,28 @@ def batch_loss(
     by_output = share if own else keras.tree.map_structure(lambda _: share, y_pred)
     outputs = _keras.losses_of(model, y, by_output)
     for tracker, (total, count), output in zip(trackers, before, outputs, strict=False):
-        steps = output.value.shape[1] if output.value.shape.rank == 2 else 1
-        tracker.total.assign(total + (tracker.total - total) * steps)
-        tracker.count.assign(count + tf.cast(tf.reduce_sum(output.value), tracker.count.dtype))
+        counted = tf.cast(tf.reduce_sum(output.value), tracker.count.dtype)
+        rows = tf.cast(tf.size(output.value), counted.dtype)
+        lanes = output.value.shape[0]  # by which Keras multiplies each mean
+        mean = (tracker.total - total) / lanes
+        tracker.total.assign(total + mean * (counted if _of_weights(output) else rows))
+        tracker.count.assign(count + counted)
 
-    if own and trackers:
+    of_weights = [_of_weights(output) for output in outputs]
+    if trackers and (own or any(of_weights)):
         return BatchLoss(loss, *_sum_of_means(model, outputs, trackers, before, added))
     share = outputs[0].value if outputs else tf.nest.flatten(share)[0]
     count = tf.cast(tf.reduce_sum(share), loss.dtype)
     rows = tf.cast(tf.size(share), loss.dtype)
     mean = loss * model.replicas.count - added  # Keras divides the loss by it
-    return BatchLoss(loss, mean * tf.math.divide_no_nan(rows, count) + added, count)
+    if not any(of_weights):
+        mean *= tf.math.divide_no_nan(rows, count)
+    return BatchLoss(loss, mean + added, count)
+
+
+def _of_weights(output: _keras.OutputLoss) -> bool:
+    """Whether Keras divides a loss by what counts, and not by all rows."""
+    return getattr(output.loss, "reduction", None) == "mean_with_sample_weight"
 
 
 def uncounted_loss(
@@ -89,11 +112,11 @@ def uncounted_loss(
         weight: As in `batch_loss`.
         training: As in `batch_loss`.
     """
-    counts = [v for tracker in _keras.output_losses(model) for v in (tracker.total, tracker.count)]
-    before = [tf.identity(count) for count in counts]
+    counted = model.metrics_variables  # a compute_loss of the user's own may update any metric
+    before = [tf.identity(variable.value) for variable in counted]
     loss = model.compute_loss(x, y, y_pred, weight, training=training)
-    for count, value in zip(counts, before, strict=True):
-        count.assign(value)
+    for variable, value in zip(counted, before, strict=True):
+        variable.assign(value)
     return loss
 
 

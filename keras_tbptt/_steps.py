@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras_tbptt import _batches, _keras
 from keras_tbptt._reach import WindowHistory, backpropagate
 from keras_tbptt._replicas import summed_over_replicas
-from keras_tbptt._reporting import BatchLoss, batch_loss, penalty, uncounted_loss
+from keras_tbptt._reporting import BatchLoss, batch_loss, uncounted_loss, weight_penalty
 from keras_tbptt._shares import any_counts
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.layers import ConcatPooling
@@ -225,6 +225,7 @@ class SeveralWindows:
         self._cuts = cuts
         self._sliding = isinstance(model.backprop_windows, int)
         self.history: WindowHistory | None = None
+        self._histories: dict[tuple, WindowHistory] = {}  # a traced step keeps its own
 
     def prepare(self, x: Any, y: Any, sample_weight: Any) -> None:
         """Begins a training without windows to look back to.
@@ -234,7 +235,9 @@ class SeveralWindows:
             y: `tf.TensorSpec`s of the targets.
             sample_weight: `tf.TensorSpec` of the weights.
         """
-        self._history_of(self._kept_of(x, y, sample_weight)).clear()
+        self._history_of(self._kept_of(x, y, sample_weight))
+        for history in self._histories.values():
+            history.clear()
 
     def steps_in(self, windows: DocumentWindows) -> int:
         """How many steps the optimizer makes in an epoch; the expected number where cuts are drawn.
@@ -310,17 +313,18 @@ class SeveralWindows:
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """The loss of a window that was run `back` windows ago, and the state after it."""
         model = self._model
-        newest = tf.cast(back == 0, "float32")
         weight = window["weight"]
-        if self._sliding:
-            weight = tf.nest.map_structure(lambda each: each * newest, weight)
         y_pred, new_states = explicit_state(model)(
             window["inputs"], window["states"], True, _real_steps(model, window), window["seeds"]
         )
         y_pred = keras.tree.map_structure(_of_shape, y_pred, model.output)
         loss = uncounted_loss(model, window["inputs"], window["y"], y_pred, weight, training=True)
-        once = penalty(model, loss) / model.replicas.count  # in a step, of all replicas
-        loss -= (1 - tf.cast(newest, loss.dtype)) * once
+        newest = tf.cast(back == 0, loss.dtype)
+        if self._sliding:  # the losses of the others were learnt from before
+            loss *= newest
+        else:
+            once = weight_penalty(model, loss) / model.replicas.count  # in a step, of all replicas
+            loss -= (1 - newest) * once
         return model.optimizer.scale_loss(loss), new_states
 
     def _kept_of(self, x: Mapping[str, Any], y: Any, weight: Any) -> dict[str, Any]:
@@ -336,12 +340,13 @@ class SeveralWindows:
 
     def _history_of(self, window: Any) -> WindowHistory:
         """The history for windows like this; inside a graph too, variables are made outside."""
-        spec = [(tensor.shape, tensor.dtype) for tensor in tf.nest.flatten(window)]
-        if self.history is None or self.history.spec != spec:
+        specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), window)
+        key = tuple(tf.nest.flatten(specs))
+        if key not in self._histories:
             limit = self._model.backprop_windows if self._sliding else None
-            specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), window)
             with tf.init_scope(), model_scope(self._model):
-                self.history = WindowHistory(specs, limit)
+                self._histories[key] = WindowHistory(specs, limit)
+        self.history = self._histories[key]
         return self.history
 
 

@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
-from keras_tbptt._compiled import check_optimizer_keys
+from keras_tbptt._compiled import check_optimizer_keys, check_trainable
 from keras_tbptt._on_replicas import StepsOnReplicas, loss_metric
 from keras_tbptt._prediction import without_training
 from keras_tbptt._reach import WindowHistory, check_backprop_windows
@@ -225,8 +225,9 @@ class TBPTTModel(StepsOnReplicas):
             RecordError: If a record of a stream cannot be read.
             tf.errors.InvalidArgumentError: If the windows of a lane do not follow each other.
         """
-        if self.compiled:
+        if self.compiled and self.optimizer is not None:
             check_optimizer_keys(self)
+            check_trainable(self)
         source = _batches.source_of(x)
         dataset = _batches.as_dataset(x, self, learns=True)
         if isinstance(source, DocumentStream):

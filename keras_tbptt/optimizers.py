@@ -25,8 +25,8 @@ class LazyAdam(OpenAdam):
 
     Args:
         learning_rate: As in `keras.optimizers.Adam`.
-        **kwargs: As in `keras.optimizers.Adam`. `amsgrad=True` is refused. `weight_decay` and
-            `use_ema` update all rows all the same.
+        **kwargs: As in `keras.optimizers.Adam`. `amsgrad=True` is refused. `weight_decay`,
+            `use_ema` and `gradient_accumulation_steps` update all rows all the same.
 
     Raises:
         ValueError: If `amsgrad=True`.
@@ -64,11 +64,15 @@ class LazyAdam(OpenAdam):
         beta_1, beta_2 = tf.cast(self.beta_1, dtype), tf.cast(self.beta_2, dtype)
         rate = tf.cast(learning_rate, dtype)
         rate *= tf.sqrt(1 - beta_2**step) / (1 - beta_1**step)
-        m = tf.gather(momentum, rows) * beta_1 + values * (1 - beta_1)
-        v = tf.gather(velocity, rows) * beta_2 + tf.square(values) * (1 - beta_2)
-        momentum.scatter_update(tf.IndexedSlices(m, rows))
-        velocity.scatter_update(tf.IndexedSlices(v, rows))
-        variable.scatter_sub(tf.IndexedSlices(rate * m / (tf.sqrt(v) + self.epsilon), rows))
+        old_m, old_v = tf.gather(momentum, rows), tf.gather(velocity, rows)
+        m = old_m * beta_1 + values * (1 - beta_1)
+        v = old_v * beta_2 + tf.square(values) * (1 - beta_2)
+        # Padding has an id as words have, but no gradient.
+        used = tf.reduce_any(values != 0, range(1, values.shape.rank), keepdims=True)
+        change = tf.where(used, rate * m / (tf.sqrt(v) + self.epsilon), 0)
+        momentum.scatter_update(tf.IndexedSlices(tf.where(used, m, old_m), rows))
+        velocity.scatter_update(tf.IndexedSlices(tf.where(used, v, old_v), rows))
+        variable.scatter_sub(tf.IndexedSlices(change, rows))
 
     def clip(self, gradients: Sequence[Any]) -> list[Any]:
         """Clips gradients, for Keras: slices of the same row by their sum.

@@ -297,7 +297,7 @@ def explicit_state(model: keras.Model) -> Callable:
         own_rows = states[0].shape[0] == variables[0].shape[0]
         if not own_rows and not tf.executing_eagerly():
             inputs, states, mask = keras.tree.map_structure(_any_rows, (inputs, list(states), mask))
-        with keras.StatelessScope(initialize_variables=False) as scope:
+        with keras.StatelessScope(collect_losses=True, initialize_variables=False) as scope:
             for variable, state in zip(variables, states, strict=True):
                 # Not by state_mapping: that insists on the training batch's number of rows.
                 scope.add_update((variable, tf.cast(state, variable.dtype)))
@@ -305,6 +305,7 @@ def explicit_state(model: keras.Model) -> Callable:
                 for variable, seed in zip(seed_variables(model), seeds, strict=True):
                     scope.add_update((variable, seed))
             outputs = call_masked(model, inputs, training, mask)
+        _keras.keep_losses(model, scope)
         if seeds is None:
             for variable in model.non_trainable_variables:
                 value = scope.get_current_value(variable)

@@ -168,7 +168,45 @@ def test_optimizers_of_layers_are_saved_with_their_model(tmp_path):
         np.testing.assert_array_equal(got, expected)
 
 
-def test_an_optimizer_of_no_layer_is_refused():
+@pytest.mark.parametrize("wrap", [lambda each: each, keras.optimizers.LossScaleOptimizer])
+def test_an_optimizer_of_no_layer_is_refused(wrap):
     optimizers = keras.optimizers.OptimizerMap(LazyAdam(), {"lstn/.*": LazyAdam()})
     with pytest.raises(ValueError, match=r"'lstm/\.\*': give .*Received: \['lstn/\.\*'\]"):
-        train_with(keras.optimizers.MultiOptimizer(optimizers))
+        train_with(wrap(keras.optimizers.MultiOptimizer(optimizers)))
+
+
+@pytest.mark.parametrize("make", [LazyAdam, by_layer])
+def test_it_is_lazy_behind_loss_scaling(make):
+    """`mixed_float16` makes Keras wrap any optimizer."""
+    model = train_with(keras.optimizers.LossScaleOptimizer(make(), initial_scale=2.0**10))
+    before = model.layers[1].get_weights()[0]
+    windows = keras_tbptt.DocumentWindows([[1, 2, 1, 3]] * 4, [0, 1, 0, 1], window=5, lanes=4)
+    model.fit(windows, verbose=0)
+    moved = (model.layers[1].get_weights()[0] != before).any(axis=1)
+    assert moved[[1, 2, 3]].all() and not moved[4:].any()
+
+
+def test_padding_moves_no_word():
+    tokens = keras.Input(batch_shape=(4, 5), dtype="int32")
+    x = keras.layers.LSTM(5, stateful=True)(keras.layers.Embedding(9, 4)(tokens))
+    model = compiled(keras_tbptt.TBPTTModel(tokens, keras.layers.Dense(1)(x)), LazyAdam(0.1))
+
+    def fit(documents):
+        model.fit(keras_tbptt.DocumentWindows(documents, [1] * 4, window=5, lanes=4), verbose=0)
+        return model.layers[1].get_weights()[0]
+
+    before = fit([[0, 1, 2, 3, 4]] * 4)
+    moved = (fit([[1, 2, 3]] * 4) != before).any(axis=1)
+    np.testing.assert_array_equal(np.flatnonzero(moved), [1, 2, 3])
+
+
+@pytest.mark.parametrize("make", [LazyAdam, by_layer])
+def test_layers_that_become_trainable_need_a_compilation(make):
+    model = token_model()
+    model.get_layer(index=1).trainable = False
+    compiled(model, make(*([] if make is by_layer else [0.1])))
+    windows = keras_tbptt.DocumentWindows(random_documents(), random_labels(), window=5, lanes=4)
+    model.fit(windows, verbose=0)
+    model.get_layer(index=1).trainable = True
+    with pytest.raises(ValueError, match=r"call `compile` again. Received: \['embedding"):
+        model.fit(windows, verbose=0)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from toys import random_documents
 
-from keras_tbptt import TBPTTModel
+from keras_tbptt import DocumentWindows, TBPTTModel
 from keras_tbptt.layers import ConcatPooling
 
 
@@ -41,3 +41,18 @@ def test_its_state_is_no_weight_and_is_reset():
 def test_a_batch_of_unknown_size_is_refused():
     with pytest.raises(ValueError, match=r"fixed batch size.*Received: "):
         ConcatPooling(stateful=True)(keras.Input((3, 4)))
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_sums_are_exact_in_mixed_precision(policy):
+    """A thousand steps of 1.25: a sum in half precision would stop growing long before."""
+    documents = [np.full((1000, 2), 1.25, "float32")] * 4
+    steps = keras.Input(batch_shape=(4, 5, 2))
+    outputs = ConcatPooling(stateful=True, dtype=keras.DTypePolicy(policy))(steps)
+    model = TBPTTModel(steps, keras.layers.Dense(1, dtype="float32")(outputs))
+    predicted = TBPTTModel(steps, outputs).predict_documents(documents)
+    np.testing.assert_array_equal(predicted, np.full((4, 6), 1.25))
+    model.compile("sgd", "mse")
+    model.fit(
+        DocumentWindows(documents, [1.0] * 4, window=5, lanes=4, packing="aligned"), verbose=0
+    )

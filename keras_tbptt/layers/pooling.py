@@ -66,8 +66,14 @@ class ConcatPooling(keras.layers.Layer):
                     f"batch_shape. Received: sequences of shape {shape}"
                 )
             states = [
-                keras.Variable(s, trainable=False, dtype=self.variable_dtype, name="pooling_state")
-                for s in self.get_initial_state(shape[0])
+                keras.Variable(
+                    initial,
+                    trainable=False,
+                    dtype=self.variable_dtype,
+                    autocast=False,  # half precision would be too few digits for a sum
+                    name="pooling_state",
+                )
+                for initial in self.get_initial_state(shape[0])
             ]
             # Past Keras's tracking, because state is not a weight, as in its recurrent layers.
             object.__setattr__(self, "states", states)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,7 @@ def test_one_command_trains_the_encoder_and_the_classifier_that_starts_from_it(t
         ([*given, "--pretrain", "--pretrained=", "--workers=2"], "Several workers cannot"),
         ([f"--pretrained={tmp_path}/plain", *given[1:]], "does not hold an encoder"),
         ([*given[1:], "--layer_decay=2"], "give --pretrained or --pretrain"),
+        ([*given[1:], "--pretrain_epochs=7"], "leave out --pretrain_epochs"),
     ]
     (tmp_path / "damaged").mkdir()
     for file in encoder.iterdir():
@@ -127,6 +129,40 @@ def test_one_command_trains_the_encoder_and_the_classifier_that_starts_from_it(t
     )
     assert one["test_loss"] == two["test_loss"]
     assert {p for p in sorted(tmp_path.rglob("*")) if "rates2" not in str(p)} == set(before)
+
+
+def test_a_smaller_vocabulary_than_asked_for_is_no_contradiction(tmp_path):
+    """The 60 generated reviews have about a hundred words."""
+    small = [*("--data=generated", "--limit=60", "--window=10", "--lanes=8", "--export_dir=")]
+    small += ["--pretrain", "--units=4", "--embedding_dim=4", "--vocab_size=500", "--epochs=1"]
+    run = f"--run_dir={tmp_path}/run"
+    ((status, _, errors),) = several("experiments.imdb", [[*small, run]], cwd=tmp_path)
+    assert status == 0, errors
+    again = [f"--flagfile={tmp_path}/run/flags.txt", run, "--resume"]
+    other = [*small, "--precision=bfloat16", f"--run_dir={tmp_path}/other"]
+    for flags in (again, other):
+        ((status, _, errors),) = several("experiments.imdb", [flags], cwd=tmp_path)
+        assert status == 0, errors
+    assert len(list(tmp_path.glob("runs/pretrain/*"))) == 2
+
+
+def test_a_run_goes_on_from_the_encoder_that_it_began_with(tmp_path):
+    """The directory of the encoder has another one when the run is resumed."""
+    flags = ["--data=generated", "--limit=60", "--held_out=6", "--epochs=1", "--lanes=8"]
+    flags += ["--units=4", "--embedding_dim=4", "--samples=16", "--window=10"]
+    both = [[*flags, f"--seed={seed}", f"--run_dir={tmp_path}/{seed}"] for seed in (0, 1)]
+    for status, _, errors in several("experiments.pretrain", both, cwd=tmp_path):
+        assert status == 0, errors
+    shared = ["--data=generated", "--limit=60", "--epochs=2", "--export_dir=", "--resume"]
+    shared += [f"--pretrained={tmp_path}/encoder", f"--run_dir={tmp_path}/run"]
+    shutil.copytree(tmp_path / "0/encoder", tmp_path / "encoder")
+    ((status, _, errors),) = several("experiments.imdb", [shared], cwd=tmp_path)
+    assert status == 0, errors
+    (tmp_path / "run/results.json").unlink()  # as if it had been killed before its end
+    shutil.rmtree(tmp_path / "encoder")
+    shutil.copytree(tmp_path / "1/encoder", tmp_path / "encoder")
+    ((status, _, errors),) = several("experiments.imdb", [shared], cwd=tmp_path)
+    assert status == 1 and "has begun from another encoder" in errors
 
 
 def test_a_classifier_with_rates_by_layer_is_resumed_to_the_bit(tmp_path):
