@@ -268,13 +268,10 @@ def without_training(model: PredictsDocuments, x: Any) -> Iterator[None]:
     """
     sources = (_batches.source_of(x), model.fitted_windows)
     places = [(windows, windows.place) for windows in sources if windows is not None]
-    order = model.window_order.get()
-    model.window_order.clear()
     try:
-        with preserve_states(model):
+        with model.window_order.apart(), preserve_states(model):
             yield
     finally:
-        model.window_order.set(order)
         for windows, place in places:
             windows.place = place
 

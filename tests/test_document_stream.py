@@ -3,7 +3,9 @@
 import gc
 import itertools
 import json
+import os
 import pickle
+import signal
 import threading
 import weakref
 
@@ -265,6 +267,31 @@ def test_the_next_step_is_predicted_as_on_windows_in_memory():
         model.evaluate(found, verbose=0), model.evaluate(windows, verbose=0), 1e-6
     )
     assert model.fit(found, steps_per_epoch=5, verbose=0).history["loss"]
+
+
+class Terminate(keras.callbacks.Callback):
+    """Sends this process SIGTERM in the validation of the first epoch."""
+
+    def on_test_batch_end(self, batch, logs=None):
+        if batch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_training_that_ends_in_its_validation_goes_on_at_the_place_of_each_lane(tmp_path):
+    def train(directory, *callbacks):
+        model, train = compiled(), stream(shuffle=True)
+        backup = ExactBackup(directory, train, every_seconds=None)
+        fit = {"steps_per_epoch": 3, "epochs": 2, "verbose": 0, "validation_data": stream()}
+        history = model.fit(train, **fit, callbacks=[*callbacks, backup])
+        return model.get_weights(), history.history
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        train(tmp_path / "cut", Terminate())
+    with pytest.warns(UserWarning, match="Terminate"):
+        resumed = train(tmp_path / "cut")
+    assert_same(whole[0], resumed[0])
+    assert whole[1] == resumed[1]
 
 
 class Interrupt(keras.callbacks.Callback):

@@ -255,3 +255,14 @@ def test_half_of_a_fixed_shape_is_refused(given, tmp_path):
     with pytest.raises(ValueError, match=r"`window`.*Received: window=.*"):
         keras_tbptt.export_onnx(token_model(), tmp_path / "m.onnx", **given)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the converter
+def test_what_no_runtime_could_load_is_refused(tmp_path):
+    policy = keras.DTypePolicy("mixed_bfloat16")
+    steps = keras.Input(batch_shape=(2, 4, 3))
+    lstm = keras.layers.LSTM(5, stateful=True, return_sequences=True, dtype=policy)
+    model = keras_tbptt.TBPTTModel(steps, keras.layers.Dense(2, dtype=policy)(lstm(steps)))
+    with pytest.raises(ValueError, match=r"policy float32.*Received: "):
+        keras_tbptt.export_onnx(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())

@@ -205,6 +205,8 @@ class ExactBackup(keras.callbacks.Callback):
         if self._validating and self._workers.any(self._signals.received is not None):
             for variable, value in self._training_values:
                 variable.assign(value)
+            if hasattr(self.model, "window_order"):  # of a TBPTTModel
+                self.model.window_order.set_back()
             self._save_and_stop()
 
     def on_test_end(self, logs: Any = None) -> None:

@@ -61,7 +61,8 @@ def export_onnx(
         ImportError: If the extra `onnx` is not installed.
         ValueError: If one of `window` and `lanes` is given alone or is invalid, the model has no
             stateful layer, two outputs have one name, an output has the name of an input or of
-            `new_state`, or a converted model of fixed shapes gives other outputs than the model.
+            `new_state`, ONNX Runtime cannot load the converted model, as with `mixed_bfloat16`, or
+            a converted model of fixed shapes gives other outputs than the model.
         OSError: If the file cannot be written; nothing is left behind then.
 
     Example:
@@ -87,7 +88,9 @@ def export_onnx(
         )
     model = functional(model)
     if window is None:
-        return write_whole(pathlib.Path(path), _converted(_any_shapes(model, last_step)))
+        content = _converted(_any_shapes(model, last_step))
+        _runner(content)  # raises an error if no runtime could load the file
+        return write_whole(pathlib.Path(path), content)
     step = FixedStep(model, window, lanes, last_step)
     content = _converted(step.function)
     check_converted(model, step, _runner(content))
@@ -126,7 +129,13 @@ def _runner(content: bytes) -> Callable:
     """A function that runs the file, from arrays by name to a dict of arrays."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(content)
+    try:
+        session = onnxruntime.InferenceSession(content)
+    except Exception as error:
+        raise ValueError(
+            "ONNX Runtime cannot load the model: build it with the dtype policy float32, give it "
+            f"these weights, and export it. Received: {str(error).splitlines()[0]}"
+        ) from error
     names = [output.name for output in session.get_outputs()]
     return lambda **given: dict(zip(names, session.run(names, given), strict=True))
 
