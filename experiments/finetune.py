@@ -71,6 +71,11 @@ def encoder_of_flags() -> encoder.Encoder | None:
             "An encoder is either given or trained first: leave out --pretrain or --pretrained. "
             f"Received: --pretrain --pretrained={FLAGS.pretrained}"
         )
+    if not FLAGS.pretrain and FLAGS.pretrain_epochs != FLAGS["pretrain_epochs"].default:
+        raise runner.RunError(
+            "Only --pretrain trains a language model: give it, or leave out --pretrain_epochs. "
+            f"Received: --pretrain_epochs={FLAGS.pretrain_epochs}"
+        )
     if not FLAGS.pretrain and not FLAGS.pretrained:
         if FLAGS.layer_decay != 1 or FLAGS.unfreeze_epochs:
             raise runner.RunError(
@@ -78,7 +83,6 @@ def encoder_of_flags() -> encoder.Encoder | None:
                 f"--pretrain. Received: --layer_decay={FLAGS.layer_decay} "
                 f"--unfreeze_epochs={FLAGS.unfreeze_epochs}"
             )
-        _refuse_pretrain_epochs()
         return None
     for flag, value in _RECIPE.items():
         if not FLAGS[flag].present:
@@ -88,8 +92,6 @@ def encoder_of_flags() -> encoder.Encoder | None:
             "The embedding would never learn: give less than half of --epochs. "
             f"Received: --unfreeze_epochs={FLAGS.unfreeze_epochs} --epochs={FLAGS.epochs}"
         )
-    if FLAGS.pretrained:
-        _refuse_pretrain_epochs()
     try:
         found = encoder.load(_trained() if FLAGS.pretrain else pathlib.Path(FLAGS.pretrained))
     except encoder.EncoderError as error:
@@ -104,14 +106,6 @@ def encoder_of_flags() -> encoder.Encoder | None:
             )
         setattr(FLAGS, flag, found.about[size])
     return found
-
-
-def _refuse_pretrain_epochs() -> None:
-    if FLAGS.pretrain_epochs != FLAGS["pretrain_epochs"].default:
-        raise runner.RunError(
-            "Only --pretrain trains a language model: give it, or leave out --pretrain_epochs. "
-            f"Received: --pretrain_epochs={FLAGS.pretrain_epochs}"
-        )
 
 
 def _trained() -> pathlib.Path:

@@ -128,9 +128,8 @@ def build_model(vocabulary: int, replicas: int, precision: str) -> keras_tbptt.T
         )
     lanes, window = FLAGS.lanes // replicas, FLAGS.window
     tokens = keras.Input(batch_shape=(lanes, window), dtype="int32", name="tokens")
-    x = keras.layers.Embedding(vocabulary, FLAGS.embedding_dim, mask_zero=True, name="embedding")(
-        tokens
-    )
+    size = FLAGS.embedding_dim
+    x = keras.layers.Embedding(vocabulary, size, mask_zero=True, name="embedding")(tokens)
     x = keras.layers.Dropout(FLAGS.word_dropout, noise_shape=(lanes, window, 1))(x)
     pooled = FLAGS.window_loss == "pooled"
     x = keras_tbptt.layers.LSTM(

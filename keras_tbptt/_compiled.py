@@ -104,7 +104,7 @@ def check_compiled(model: keras.Model) -> None:
     if model.replicas.count == 1:
         return
     for output in _keras.losses_of(model, None, model.output):
-        if getattr(output.loss, "reduction", None) == "mean_with_sample_weight":
+        if output.divides_by_weights:
             raise ValueError(
                 'A loss with reduction="mean_with_sample_weight" would divide by the weights of '
                 'each replica alone: use reduction="sum_over_batch_size". '

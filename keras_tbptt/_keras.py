@@ -162,6 +162,11 @@ class OutputLoss(NamedTuple):
     loss: keras.losses.Loss
     factor: float | None
 
+    @property
+    def divides_by_weights(self) -> bool:
+        """Whether Keras divides the loss by the sum of the weights, and not by all rows."""
+        return getattr(self.loss, "reduction", None) == "mean_with_sample_weight"
+
 
 def losses_of(model: keras.Model, y: Any, y_pred: Any) -> list[OutputLoss]:
     """Each loss that a model is compiled with, beside the output that it is the loss of.

@@ -79,24 +79,19 @@ def batch_loss(
         rows = tf.cast(tf.size(output.value), counted.dtype)
         lanes = output.value.shape[0]  # by which Keras multiplies each mean
         mean = (tracker.total - total) / lanes
-        tracker.total.assign(total + mean * (counted if _of_weights(output) else rows))
+        tracker.total.assign(total + mean * (counted if output.divides_by_weights else rows))
         tracker.count.assign(count + counted)
 
-    of_weights = [_of_weights(output) for output in outputs]
-    if trackers and (own or any(of_weights)):
+    divided = any(output.divides_by_weights for output in outputs)
+    if trackers and (own or divided):
         return BatchLoss(loss, *_sum_of_means(model, outputs, trackers, before, added))
     share = outputs[0].value if outputs else tf.nest.flatten(share)[0]
     count = tf.cast(tf.reduce_sum(share), loss.dtype)
     rows = tf.cast(tf.size(share), loss.dtype)
     mean = loss * model.replicas.count - added  # Keras divides the loss by it
-    if not any(of_weights):
+    if not divided:
         mean *= tf.math.divide_no_nan(rows, count)
     return BatchLoss(loss, mean + added, count)
-
-
-def _of_weights(output: _keras.OutputLoss) -> bool:
-    """Whether Keras divides a loss by what counts, and not by all rows."""
-    return getattr(output.loss, "reduction", None) == "mean_with_sample_weight"
 
 
 def uncounted_loss(

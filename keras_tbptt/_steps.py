@@ -225,7 +225,7 @@ class SeveralWindows:
         self._cuts = cuts
         self._sliding = isinstance(model.backprop_windows, int)
         self.history: WindowHistory | None = None
-        self._histories: dict[tuple, WindowHistory] = {}  # a traced step keeps its own
+        self._histories: dict[tuple, WindowHistory] = {}  # a step keeps that of its trace
 
     def prepare(self, x: Any, y: Any, sample_weight: Any) -> None:
         """Begins a training without windows to look back to.
@@ -313,12 +313,12 @@ class SeveralWindows:
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """The loss of a window that was run `back` windows ago, and the state after it."""
         model = self._model
-        weight = window["weight"]
         y_pred, new_states = explicit_state(model)(
             window["inputs"], window["states"], True, _real_steps(model, window), window["seeds"]
         )
         y_pred = keras.tree.map_structure(_of_shape, y_pred, model.output)
-        loss = uncounted_loss(model, window["inputs"], window["y"], y_pred, weight, training=True)
+        given = window["inputs"], window["y"], y_pred, window["weight"]
+        loss = uncounted_loss(model, *given, training=True)
         newest = tf.cast(back == 0, loss.dtype)
         if self._sliding:  # the losses of the others were learnt from before
             loss *= newest

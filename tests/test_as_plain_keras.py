@@ -35,7 +35,7 @@ def build(cls, outputs=one_output, recurrent=L.GRU, behind=lambda x: x, **kwargs
     steps = keras.Input(batch_shape=(LANES, WINDOW, 3))
     x = L.Dense(3, name="first")(steps)
     x = L.Dense(3, name="second")(x)
-    x = behind(recurrent(5, stateful=cls is not keras.Model and issubclass(cls, TBPTTModel))(x))
+    x = behind(recurrent(5, stateful=issubclass(cls, TBPTTModel))(x))
     return cls(steps, outputs(x), **kwargs)
 
 

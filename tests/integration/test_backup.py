@@ -690,10 +690,9 @@ class Send(keras.callbacks.Callback):
 )
 def test_a_signal_lets_the_window_finish_and_saves(number, end, validating, whole_and_start):
     before = signal.default_int_handler, signal.SIG_DFL
+    # A `fit` that ended in an error, as in tests before this one, leaves its own handlers.
     for each, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-        signal.signal(
-            each, handler
-        )  # an earlier `fit` may have ended in an error, and left its own
+        signal.signal(each, handler)
     whole, folder = whole_and_start
     sender = Send(number, validating=validating)
     with pytest.raises(end) as ended:
