@@ -235,9 +235,7 @@ class SeveralWindows:
             y: `tf.TensorSpec`s of the targets.
             sample_weight: `tf.TensorSpec` of the weights.
         """
-        self._history_of(self._kept_of(x, y, sample_weight))
-        for history in self._histories.values():
-            history.clear()
+        self._history_of(self._kept_of(x, y, sample_weight)).clear()
 
     def steps_in(self, windows: DocumentWindows) -> int:
         """How many steps the optimizer makes in an epoch; the expected number where cuts are drawn.
