@@ -405,6 +405,11 @@ def sibling_callbacks() -> list[keras.callbacks.Callback]:
     return []
 
 
+def averages_in_model() -> bool:
+    """Whether `SwapEMAWeights` has swapped weights in the `fit` that is calling a callback."""
+    return any(getattr(each, "_ema_weights_in_model", False) for each in sibling_callbacks())
+
+
 def set_initial_epoch(model: keras.Model, epoch: int | None) -> None:
     """Sets the epoch that `fit` begins with, from a callback's `on_train_begin`.
 

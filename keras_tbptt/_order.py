@@ -24,7 +24,6 @@ class WindowOrder:
         # Of the document that each lane is in the middle of; zeros between documents.
         self._steps = tf.Variable(tf.zeros([lanes], tf.int32), trainable=False)
         self._total = tf.Variable(tf.zeros([lanes], tf.int32), trainable=False)
-        self._before: list[np.ndarray] | None = None
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -47,20 +46,12 @@ class WindowOrder:
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
         """Within this context other windows are followed, from the beginning of documents."""
-        outermost = self._before is None
         here = self.get()
-        self._before = here if outermost else self._before
         self.clear()
         try:
             yield
         finally:
             self.set(here)
-            self._before = None if outermost else self._before
-
-    def set_back(self) -> None:
-        """Sets the place of each lane to that before `apart`, for who ends within it."""
-        if self._before is not None:
-            self.set(self._before)
 
     def clear(self) -> None:
         """Every lane begins a document next."""

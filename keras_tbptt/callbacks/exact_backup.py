@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tbptt import _batches
-from keras_tbptt._keras import set_initial_epoch, sibling_callbacks
+from keras_tbptt._keras import averages_in_model, set_initial_epoch, sibling_callbacks
 from keras_tbptt._replicas import copies
 from keras_tbptt.callbacks import _identity as identity
 from keras_tbptt.callbacks._agreement import FORMAT, check_agreement, versions
@@ -135,6 +135,7 @@ class ExactBackup(keras.callbacks.Callback):
         _build_variables(self.model, self.windows)
         self._optimizer = identity.optimizer_configs(self.model)
         self._belongs_to = self._identity()
+        self._training_values: list[tuple[tf.Variable, np.ndarray]] = []
         self._epoch: int | None = None
         # The checkpoint to be resumed from, until everything of it is restored.
         self._about = about = newest_intact(self.directory, self._workers)
@@ -184,34 +185,34 @@ class ExactBackup(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Saves if it is time."""
         before, self._window = self._window, min(batch + 1, self._steps)
-        if self._about is not None:
-            if self._window == self._about["window"]:
-                # Only now, because the other callbacks have seen the skipped batches until here.
-                self._restore_everything()
-            return
-        self._done += self._window - before
-        if not np.isfinite((logs or {}).get("loss", 0.0)):
-            self._explain(f"a loss of {logs['loss']}")
-        self._save_or_stop()
+        if self._about is None:
+            self._done += self._window - before
+            if not np.isfinite((logs or {}).get("loss", 0.0)):
+                self._explain(f"a loss of {logs['loss']}")
+            self._save_or_stop()
+        elif self._window == self._about["window"]:
+            # Only now, because the other callbacks have seen the skipped batches until here.
+            self._restore_everything()
+        if self._window == self._steps or self.model.stop_training:
+            # Not when validation begins: SwapEMAWeights has swapped the weights by then.
+            self._note_values()
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """Notes the variables that validation is going to change."""
+        """Notes that validation begins."""
         self._validating = self._signals.installed
-        if self._validating:
-            self._training_values = [(v, v.numpy()) for v in self._shared_with_validation()]
+        if self._validating and not self._training_values:  # the data ended before the epoch
+            self._note_values()
 
     def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
         """Saves the state before validation, if a signal has arrived."""
         if self._validating and self._workers.any(self._signals.received is not None):
             for variable, value in self._training_values:
                 variable.assign(value)
-            if hasattr(self.model, "window_order"):  # of a TBPTTModel
-                self.model.window_order.set_back()
             self._save_and_stop()
 
     def on_test_end(self, logs: Any = None) -> None:
-        """Ends validation."""
-        self._validating = False
+        """Notes that validation has ended."""
+        self._validating, self._training_values = False, []
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Notes the weights, which the end of training may replace."""
@@ -250,6 +251,9 @@ class ExactBackup(keras.callbacks.Callback):
         for name in ("window_history", "window_order"):  # of a TBPTTModel
             values += getattr(getattr(model, name, None), "variables", [])
         return list({id(copy): copy for v in values for copy in copies(v)}.values())
+
+    def _note_values(self) -> None:
+        self._training_values = [(v, v.numpy()) for v in self._variables()]
 
     def _shared_with_validation(self) -> list[tf.Variable]:
         # Keras's recurrent layers draw dropout masks in validation too, without using them.
@@ -345,7 +349,7 @@ class ExactBackup(keras.callbacks.Callback):
             "window": self._window,
             "ended": ended,
             "stopped": bool(self.model.stop_training),
-            "replaced": ended and not self._has_weights(self._weights),
+            "replaced": ended and (averages_in_model() or not self._has_weights(self._weights)),
             "windows_epoch": self._epoch + self._ahead,
             **position,
             "belongs_to": self._belongs_to,

@@ -227,6 +227,38 @@ def test_the_other_callbacks_of_the_fit_are_resumed_too(stock, tmp_path):
     assert_same(whole, stopped)
 
 
+def averages(swap_on_epoch=False):
+    return {
+        "optimizer": keras.optimizers.Adam(0.05, use_ema=True, ema_momentum=0.8),
+        "before": [keras.callbacks.SwapEMAWeights(swap_on_epoch)],
+    }
+
+
+def test_a_signal_while_averages_are_validated_saves_the_weights_of_training(tmp_path):
+    def fit(folder, *more):
+        setting = averages()
+        return Training(folder, optimizer=setting["optimizer"]).fit(
+            *more, before=setting["before"], every_windows=10**6
+        )
+
+    whole = fit(tmp_path / "whole", KeepStart(tmp_path / "whole", tmp_path / "start"))
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "start", Send(signal.SIGTERM, validating=True))
+    assert_same(whole, fit(tmp_path / "start"))
+
+
+def test_more_epochs_after_averages_took_the_place_of_weights_are_warned_of(tmp_path):
+    def fit(epochs):
+        setting = averages(swap_on_epoch=True)
+        Training(tmp_path, optimizer=setting["optimizer"]).fit(
+            epochs=epochs, before=setting["before"]
+        )
+
+    fit(1)
+    with pytest.warns(UserWarning, match=r"replaced the weights.*Received: .*epochs=2"):
+        fit(2)
+
+
 def test_more_epochs_after_the_best_weights_are_warned_of(tmp_path):
     def best():  # which is always the first epoch
         stop = keras.callbacks.EarlyStopping(
