@@ -42,11 +42,17 @@ def errors_of(*given: Any) -> Iterator[None]:
     """
     try:
         yield
-    except tf.errors.OpError:
+    except tf.errors.OpError as error:
         for source in map(source_of, given):
             failure = getattr(source, "failure", None)
             if failure is not None:
                 raise failure from None
+            if isinstance(source, DocumentStream) and "assert_cardinality" in str(error):
+                raise ValueError(
+                    "The stream does not have the windows that were counted: `parse` or the "
+                    "records have changed. Delete the file of `count`, and count again. "
+                    f"Received: {source!r}"
+                ) from None
         raise
 
 
@@ -334,6 +340,8 @@ def check_windows(windows: WindowSource, model: keras.Model) -> None:
         ValueError: If the model cannot run on them.
     """
     form = ModelInputs(model)
+    if isinstance(windows, DocumentStream):
+        windows.forget_limits()  # those of another model
     replicas = getattr(model, "replicas", None)
     _check_shapes(windows, form, 1 if replicas is None else replicas.count)
     for name, tensor in form.tensors.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,8 +31,8 @@ class ModelInputs:
             model was built with a dict.
 
     Raises:
-        ValueError: If a batch shape is not fixed, inputs do not agree, or none can be told to be
-            the one with steps.
+        ValueError: If inputs are nested, a batch shape is not fixed, inputs do not agree, or none
+            can be told to be the one with steps.
     """
 
     def __init__(self, model: keras.Model):
@@ -39,6 +40,13 @@ class ModelInputs:
         given = model.inputs if isinstance(model, keras.Sequential) else model.input
         by_key = isinstance(given, Mapping)
         names = sorted(given) if by_key else [tensor.name for tensor in model.inputs]
+        flat = given.values() if by_key else given if isinstance(given, (list, tuple)) else [given]
+        if not all(isinstance(tensor, keras.KerasTensor) for tensor in flat):
+            raise ValueError(
+                "The inputs of the model must be one tensor, a list of tensors or a dict of them, "
+                f"without structures within. Received: {keras.tree.map_structure(_name, given)}"
+            )
+        check_order(given, "inputs")
         self.named = by_key or len(names) > 1
         self.tensors = dict(zip(names, model.inputs, strict=True))
         shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
@@ -113,6 +121,27 @@ class ModelInputs:
         if not self.named or mask is None:
             return mask
         return [None if name in self.static else mask for name in self.tensors]
+
+
+def check_order(given: Any, called: str) -> None:
+    """Refuses an `OrderedDict` whose order Keras would take for that of sorted names.
+
+    Args:
+        given: The structure of a model's inputs or outputs.
+        called: `"inputs"` or `"outputs"`.
+
+    Raises:
+        ValueError: If it is one, and its keys are not sorted.
+    """
+    if isinstance(given, OrderedDict) and [*given] != sorted(given):
+        raise ValueError(
+            f"The {called} of the model must be a plain dict, because Keras sorts the names of the "
+            f"arrays it is given, and not those of an OrderedDict. Received: {[*given]}"
+        )
+
+
+def _name(tensor: keras.KerasTensor) -> str:
+    return tensor.name
 
 
 def _steps_of_stateful_layers(model: keras.Model) -> set[int]:

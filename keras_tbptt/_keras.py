@@ -54,6 +54,20 @@ def calls_and_outputs(
     return [(list(node.input_tensors), list(node.outputs)) for node in operation._inbound_nodes]
 
 
+def times_called(model: keras.Model, layer: keras.layers.Layer) -> int:
+    """How often a layer runs when a functional model is called, nested models included.
+
+    Args:
+        model: A functional or sequential model.
+        layer: A layer of it, at any depth.
+    """
+    graph = model._functional if isinstance(model, keras.Sequential) else model
+    depths = getattr(graph, "_nodes_by_depth", {})  # none in a model that is no graph
+    called = [node.operation for nodes in depths.values() for node in nodes]
+    nested = [one for one in called if isinstance(one, keras.Model) and one is not layer]
+    return sum(one is layer for one in called) + sum(times_called(one, layer) for one in nested)
+
+
 def takes_initial_state(layer: keras.layers.Layer) -> bool:
     """Whether a recurrent layer was called with an `initial_state`.
 
@@ -74,6 +88,28 @@ def producer(tensor: keras.KerasTensor) -> Any:
         tensor: A symbolic tensor of a functional model.
     """
     return tensor._keras_history.operation
+
+
+def constants(model: keras.Model) -> list[Any]:
+    """The tensors that the graph of a model holds as constants: those of `Normalization`.
+
+    Keras makes new ones in `adapt` and when weights are loaded, and a graph keeps the old ones.
+
+    Args:
+        model: A built model.
+    """
+    layers = [one for one in flatten_layers(model) if isinstance(one, keras.layers.Normalization)]
+    return [value for layer in layers for value in (layer.mean, layer.variance)]
+
+
+def are_same(some: list[Any], others: list[Any]) -> bool:
+    """Whether two lists have the same objects.
+
+    Args:
+        some: Objects.
+        others: Objects.
+    """
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def seeds_by_layer(model: keras.Model) -> list[keras.Variable]:
@@ -135,10 +171,16 @@ def targets_like(model: keras.Model, y: Any, y_pred: Any) -> Any:
         y_pred: Outputs, one for each target.
 
     Raises:
-        ValueError: If their numbers differ.
+        ValueError: If their numbers or their names differ.
     """
     names = model.output_names
-    if isinstance(y, Mapping) and isinstance(y_pred, (list, tuple)) and set(y) == set(names):
+    if isinstance(y, Mapping) and not (isinstance(y_pred, Mapping) and set(y) == set(y_pred)):
+        if set(y) != set(names):
+            given = sorted(y_pred) if isinstance(y_pred, Mapping) else names
+            raise ValueError(
+                "Targets in a dict need the names of the outputs. "
+                f"Received: targets {sorted(y)} for the outputs {given}"
+            )
         y = [y[name] for name in names]
     targets = keras.tree.flatten(y)
     if len(targets) != len(keras.tree.flatten(y_pred)):

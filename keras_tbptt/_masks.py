@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -69,7 +70,7 @@ def off_time_layers(model: keras.Model, window: int, apart: Sequence[Any] = ()) 
     return [
         layer.name
         for layer in _keras.flatten_layers(model)
-        if isinstance(layer, _ALONG_TIME)
+        if isinstance(layer, (*_ALONG_TIME, keras.layers.GlobalMaxPooling1D))
         and layer not in inside
         and not any(layer is one for one in apart)
         # A layer may have been called in other models, too.
@@ -102,6 +103,8 @@ class _WindowMasks:
                 continue
             if isinstance(layer, _ALONG_TIME):
                 yield layer, self._along_time
+            elif isinstance(layer, keras.layers.GlobalMaxPooling1D):
+                yield layer, self._without_padding
             elif isinstance(layer, keras.layers.TimeDistributed):
                 below = [layer.layer, *_keras.flatten_layers(layer.layer)]
                 if any(isinstance(inner, keras.layers.RNN) for inner in below):
@@ -123,6 +126,14 @@ class _WindowMasks:
         with tf.control_dependencies([check]):
             return tf.identity(inputs), None
 
+    def _without_padding(self, inputs: tf.Tensor, given: Mask) -> tuple[tf.Tensor, Mask]:
+        """Keras takes the maximum over masked steps too, so they are given the smallest value."""
+        inputs, mask = self._along_time(inputs, given)
+        if mask is None:
+            return inputs, None
+        smallest = tf.constant(inputs.dtype.min, inputs.dtype)
+        return tf.where(of_rank(tf.cast(mask, "bool"), inputs.shape.rank), inputs, smallest), mask
+
     def _over_sequences(self, inputs: tf.Tensor, given: Mask) -> tuple[tf.Tensor, Mask]:
         """A step holds a sequence of its own, which a wrapped recurrent layer runs over."""
         if inputs.shape[1] != self._window:
@@ -142,11 +153,14 @@ def _with_mask(layer: keras.layers.Layer, mask_for: Callable) -> Callable:
     """The `call` of a layer, with the window's mask joined to the one that Keras gives it."""
     call = layer.call
     returns_steps = isinstance(layer, keras.layers.RNN) and layer.return_sequences
+    takes_mask = "mask" in inspect.signature(call).parameters
 
     def call_with_mask(inputs: Any, *args: Any, mask: Any = None, **kwargs: Any) -> Any:
         given = next(iter(keras.tree.flatten(mask)), None)
         inputs, mask = mask_for(inputs, given)
-        outputs = call(inputs, *args, mask=mask, **kwargs)
+        if takes_mask:
+            kwargs["mask"] = mask
+        outputs = call(inputs, *args, **kwargs)
         if returns_steps and mask is not None:
             _keras.set_mask(keras.tree.flatten(outputs)[0], mask)
         return outputs

@@ -31,6 +31,7 @@ class StepsOnReplicas(SamplesClasses):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._constants: dict[str, list[Any]] = {}
         self._end_is_known = {True: True, False: True}  # of training, of evaluation
         self._ends_apart = False
         self._not_built: dict[bool, tuple] = {}  # the batches of a training, of an evaluation
@@ -128,6 +129,7 @@ class StepsOnReplicas(SamplesClasses):
         Args:
             force: bool. Whether to make it anew.
         """
+        force |= self._has_new_constants("train")
         if self.train_function is None or force:
             super().make_train_function(force)
             self.train_function = self._read_first(self.train_function, learns=True)
@@ -139,10 +141,26 @@ class StepsOnReplicas(SamplesClasses):
         Args:
             force: bool. Whether to make it anew.
         """
+        force |= self._has_new_constants("test")
         if self.test_function is None or force:
             super().make_test_function(force)
             self.test_function = self._read_first(self.test_function, learns=False)
         return self.test_function
+
+    def make_predict_function(self, force: bool = False) -> Callable:
+        """Makes what Keras calls for a window of a prediction.
+
+        Args:
+            force: bool. Whether to make it anew.
+        """
+        super().make_predict_function(force or self._has_new_constants("predict"))
+        return self.predict_function
+
+    def _has_new_constants(self, what: str) -> bool:
+        """Whether the graph that was made last holds constants that layers have replaced."""
+        now = _keras.constants(self)
+        before, self._constants[what] = self._constants.get(what, now), now
+        return not _keras.are_same(now, before)
 
     def _until_all_end(self, iterator: Any) -> Iterator:
         """The batches of an evaluation, until no worker has a document left."""

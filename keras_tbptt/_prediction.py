@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
-from keras_tbptt._inputs import ModelInputs
+from keras_tbptt._inputs import ModelInputs, check_order
 from keras_tbptt._order import WindowOrder
 from keras_tbptt._replicas import Replicas
 from keras_tbptt._resizing import resized_copy
@@ -54,6 +54,7 @@ class PredictsDocuments(SavesStates):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        check_order(self.output, "outputs")
         self.supports_masking = True
         form = ModelInputs(self)
         self.lanes, self.window = form.lanes, form.window

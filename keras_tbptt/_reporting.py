@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_tbptt import _keras
+from keras_tbptt._replicas import summed_over_replicas
 
 
 class BatchLoss(NamedTuple):
@@ -68,6 +69,7 @@ def batch_loss(
     before = [(tf.identity(each.total), tf.identity(each.count)) for each in trackers]
     loss = model.compute_loss(x, y, y_pred, weight, training=training)
     added = penalty(model, loss)
+    reported = _of_all_replicas(model, added)
     trackers = _keras.output_losses(model)
     before = before or [(tf.zeros([]), tf.zeros([]))] * len(trackers)
 
@@ -84,14 +86,22 @@ def batch_loss(
 
     divided = any(output.divides_by_weights for output in outputs)
     if trackers and (own or divided):
-        return BatchLoss(loss, *_sum_of_means(model, outputs, trackers, before, added))
+        return BatchLoss(loss, *_sum_of_means(model, outputs, trackers, before, reported))
     share = outputs[0].value if outputs else tf.nest.flatten(share)[0]
     count = tf.cast(tf.reduce_sum(share), loss.dtype)
     rows = tf.cast(tf.size(share), loss.dtype)
     mean = loss * model.replicas.count - added  # Keras divides the loss by it
     if not divided:
         mean *= tf.math.divide_no_nan(rows, count)
-    return BatchLoss(loss, mean + added, count)
+    return BatchLoss(loss, mean + reported, count)
+
+
+def _of_all_replicas(model: keras.Model, added: tf.Tensor) -> tf.Tensor:
+    """The mean penalty of the replicas, which count alike in it, whatever their targets."""
+    of_weights = sum(weight.regularizer is not None for weight in model.trainable_weights)
+    if model.replicas.count == 1 or len(model.losses) == of_weights:
+        return added  # that of weights is the same on each
+    return summed_over_replicas([added])[0] / model.replicas.count
 
 
 def uncounted_loss(

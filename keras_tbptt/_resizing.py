@@ -10,6 +10,8 @@ from keras_tbptt import _keras
 from keras_tbptt._inputs import ModelInputs
 from keras_tbptt.state import state_variables
 
+LOOKUPS = (keras.layers.IntegerLookup, keras.layers.StringLookup)  # what they learn is no weight
+
 
 def resized_copy(
     model: keras.Model, lanes: int, window: int, *, in_float32: bool = False
@@ -35,9 +37,10 @@ def resized_copy(
         for old, new in zip(model.weights, copy.weights, strict=True):
             if id(old) not in states:
                 new.assign(old)
-        for layer in _keras.flatten_layers(copy):
-            if isinstance(layer, keras.layers.Normalization):
-                layer.finalize_state()  # computes with constants that it makes of its weights
+        for old, new in zip(_keras.flatten_layers(model), _keras.flatten_layers(copy), strict=True):
+            if isinstance(new, keras.layers.Normalization):
+                new.finalize_state()  # computes with constants that it makes of its weights
+            _check_functions(old, new)
     except Exception as error:
         raise ValueError(
             "A layer of the model is made for one batch shape alone, such as a Reshape: build "
@@ -45,6 +48,18 @@ def resized_copy(
             f"Received: batch shape {(lanes, window)}, {error}"
         ) from error
     return copy
+
+
+def _check_functions(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
+    """Refuses a copy that computes with Keras's function of a name, and not with the user's."""
+    for name in ("activation", "recurrent_activation"):
+        here, there = getattr(old, name, None), getattr(new, name, None)
+        if here is not there and not isinstance(here, keras.layers.Layer):
+            raise ValueError(
+                "a function that Keras does not know by its name: decorate it with "
+                "@keras.saving.register_keras_serializable(), or give it another name: "
+                f"{name}={here} of layer {old.name!r}"
+            )
 
 
 class _Copier:
@@ -97,7 +112,10 @@ class _Copier:
             and layer.n == self._form.window
         ):
             config["n"] = self._window
-        return type(layer).from_config(_float32(config) if self._in_float32 else config)
+        copy = type(layer).from_config(_float32(config) if self._in_float32 else config)
+        if isinstance(layer, LOOKUPS) and config.get("vocabulary") is None:
+            copy.set_vocabulary(layer.get_vocabulary(include_special_tokens=False))
+        return copy
 
 
 _OTHER_FLOATS = ("float16", "bfloat16", "float64", "mixed_float16", "mixed_bfloat16")

@@ -246,7 +246,10 @@ class SeveralWindows:
         if self._sliding:
             return _learning_windows(self._model, windows)
         if self._cuts is not None:
-            return max(1, round(self._model.cut_probability * len(windows)))
+            plan = windows.plan
+            certain = int((plan.ends | (plan.length == 0)).all(axis=1).sum())  # as in `learns`
+            drawn = self._model.cut_probability * (len(windows) - certain)
+            return max(1, certain + round(drawn))
         return int(windows.starts.any(axis=1).sum())
 
     def learns(self, x: Mapping[str, tf.Tensor], share: Any) -> bool | tf.Tensor:

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from keras_tbptt._gradient_walk import GradientWalk
+from keras_tbptt._inputs import ModelInputs
 from keras_tbptt._replicas import check_one_device
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.types import Documents, Labels
@@ -193,9 +194,9 @@ def gradient_reach(
             "The model needs a loss to take the gradient of: call model.compile(optimizer, loss). "
             f"Received: model {model.name!r} without a loss"
         )
-    if len(model.inputs) > 1:
+    if ModelInputs(model).named:
         raise ValueError(
-            "The gradient's reach is measured for models of one input. "
+            "The gradient's reach is measured for models of one input, which has no name. "
             f"Received: model {model.name!r} with the inputs {[t.name for t in model.inputs]}"
         )
     window = model.inputs[0].shape[1]
@@ -212,6 +213,11 @@ def gradient_reach(
         raise ValueError(
             "The loss of each document's last target is needed: leave out documents in which it is "
             f"not known, weights per step and `lead_in`. Received: {documents!r}"
+        )
+    if documents.weights_differ:
+        raise ValueError(
+            "The gradient's reach is measured for a loss in which all outputs of a document count "
+            f"alike: leave out weights of single outputs. Received: {documents!r}"
         )
     longest = int(documents.lengths.max())
     windows = _grid(longest) if windows is None else _checked(windows)

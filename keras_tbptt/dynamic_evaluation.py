@@ -204,6 +204,9 @@ def _check(
                 f"`{name}` must be DocumentWindows with a target per step "
                 f"(DocumentWindows.next_step, or per_step=True). Received: {given!r}"
             )
+    for name, value in (("learning_rate", learning_rate), ("decay", decay), ("epsilon", epsilon)):
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+            raise ValueError(f"`{name}` must be a number. Received: {name}={value!r}")
     ranges = (
         ("learning_rate", learning_rate, learning_rate > 0, "above 0"),
         ("decay", decay, 0 <= decay < 1, "in [0, 1)"),

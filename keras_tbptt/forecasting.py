@@ -9,10 +9,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt import _keras
 from keras_tbptt._batches import check_windows, embeddings_of_ids
 from keras_tbptt._inputs import ModelInputs
 from keras_tbptt._tensors import has_time_axis
-from keras_tbptt.data._documents import as_array, check_values
+from keras_tbptt.data._documents import as_array, check_values, read_dataset
 from keras_tbptt.data._inputs import documents_by_name, static_by_name
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.serving._stream import DocumentRunner, functional
@@ -73,6 +74,8 @@ def forecast(
         raise ValueError(f"`steps` must be an integer >= 1. Received: steps={steps!r}")
     forecaster = _forecaster_of(model, target)
     form = forecaster.form
+    if isinstance(documents, tf.data.Dataset):
+        documents, _ = read_dataset(documents, None)
     check_windows(
         DocumentWindows(
             documents,
@@ -247,11 +250,14 @@ def _with_only(found: tuple[Any, list[tf.Tensor]]) -> tuple[tf.Tensor, list[tf.T
 
 def _forecaster_of(model: keras.Model, target: str | None) -> _Forecaster:
     """The forecaster of a model, made once, because its graph takes seconds to compile."""
-    found = getattr(model, "_tbptt_forecasters", {})
+    constants = _keras.constants(model)
+    found, before = getattr(model, "_tbptt_forecasters", ({}, []))
+    if not _keras.are_same(constants, before):
+        found = {}
     if target not in found:
         found = {**found, target: _Forecaster(model, target)}
         # Past Keras's attribute tracking: this is no part of the model.
-        object.__setattr__(model, "_tbptt_forecasters", found)
+        object.__setattr__(model, "_tbptt_forecasters", (found, constants))
     return found[target]
 
 

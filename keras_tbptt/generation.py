@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tbptt import text
+from keras_tbptt import _keras, text
 from keras_tbptt._batches import check_windows
 from keras_tbptt.data._documents import check_values, flatten
 from keras_tbptt.data.windows import DocumentWindows
@@ -80,11 +80,13 @@ def generate(
     if vectorizer is not None:
         prompts, stop = _as_ids(prompts, stop, vectorizer)
     ids, lengths = _checked_prompts(prompts, generator.model)
-    stop = np.asarray(stop, "int32").reshape(-1)
-    if stop.size and not 0 <= stop.min() <= stop.max() < generator.classes:
+    ends = np.asarray(stop).reshape(-1)
+    if ends.size and (
+        ends.dtype.kind not in "iu" or not 0 <= ends.min() <= ends.max() < generator.classes
+    ):
         raise ValueError(
-            f"`stop` must be ids that the model can draw, below {generator.classes}. "
-            f"Received: stop={stop.tolist()}"
+            f"`stop` must be ids that the model can draw, integers below {generator.classes}; "
+            f"words need `vectorizer`. Received: stop={stop!r}"
         )
     drawn, counts = generator.compiled(
         ids,
@@ -93,7 +95,7 @@ def generate(
         tf.constant(temperature, "float32"),
         tf.constant(top_k or 0),
         tf.constant(1.0 if top_p is None else top_p, "float32"),
-        tf.constant(stop),
+        tf.constant(ends, tf.int32),
         tf.constant(excluded),
         tf.constant([0, random.randint(0, 2**31 - 1) if seed is None else seed], "int32"),
     )
@@ -112,11 +114,12 @@ class _CompiledGenerator(Generator):
 
 def _generator_of(model: keras.Model) -> _CompiledGenerator:
     """The generator of a model, made once, because its graph takes seconds to compile."""
-    found = getattr(model, "_tbptt_generator", None)
-    if found is None:
+    constants = _keras.constants(model)
+    found, before = getattr(model, "_tbptt_generator", (None, []))
+    if found is None or not _keras.are_same(constants, before):
         found = _CompiledGenerator(functional(model))
         # Past Keras's attribute tracking: this is no part of the model.
-        object.__setattr__(model, "_tbptt_generator", found)
+        object.__setattr__(model, "_tbptt_generator", (found, constants))
     return found
 
 
@@ -127,7 +130,9 @@ def _check_arguments(steps: Any, temperature: Any, top_k: Any, top_p: Any, seed:
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not whole or not least <= value < 2**31:
             raise ValueError(f"`{name}` must be an integer >= {least}. Received: {name}={value!r}")
-    if not np.isfinite(temperature) or temperature <= 0:
+    number = isinstance(temperature, (int, float, np.integer, np.floating))
+    smallest = np.finfo("float32").tiny
+    if not number or not np.isfinite(temperature) or temperature < smallest:
         raise ValueError(
             "`temperature` must be finite and above 0; for the likeliest step at each place give "
             f"top_k=1. Received: temperature={temperature!r}"

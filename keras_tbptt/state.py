@@ -30,8 +30,8 @@ def stateful_layers(model: keras.Model) -> list[keras.layers.RNN]:
         The layers, in the order of the model.
 
     Raises:
-        ValueError: If there is none, one runs backwards (later steps are not known yet), or one has
-            an `initial_state`.
+        ValueError: If there is none, one runs backwards (later steps are not known yet), is called
+            more than once, or has an `initial_state`.
 
     Example:
 
@@ -59,6 +59,12 @@ def stateful_layers(model: keras.Model) -> list[keras.layers.RNN]:
                     "A stateful layer must not have an `initial_state`, which would replace the "
                     "state in every window: give the values to the layer as inputs of each step, "
                     "with keras.layers.RepeatVector(window). "
+                    f"Received: layer {layer.name!r} in model {model.name!r}"
+                )
+            if _keras.times_called(model, layer) > 1:
+                raise ValueError(
+                    "A stateful layer must be called once in a model, because its second call "
+                    "would go on from the state of the first: build a layer for each call. "
                     f"Received: layer {layer.name!r} in model {model.name!r}"
                 )
             if layer not in found:

@@ -189,6 +189,15 @@ def write_vocabulary(
     return write_whole(pathlib.Path(path), content.encode())
 
 
+def is_of_text(vectorizer: keras.layers.TextVectorization) -> bool:
+    """Whether a vectorizer splits what `standardize` of this module makes of texts.
+
+    Args:
+        vectorizer: A `TextVectorization`.
+    """
+    return vectorizer.get_config()["standardize"] is standardize
+
+
 def check_ragged(vectorizer: keras.layers.TextVectorization) -> None:
     """Raises an error if a vectorizer pads its rows, because padding would be read as words.
 

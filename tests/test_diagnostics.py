@@ -234,3 +234,20 @@ def test_the_figure_is_written(tmp_path, monkeypatch):
 def test_what_cannot_be_measured_is_refused(model, arguments, message):
     with pytest.raises(ValueError, match=rf"{message}.*Received: "):
         diagnostics.gradient_reach(model(), DOCUMENTS, **arguments)
+
+
+def test_weights_of_single_outputs_and_named_inputs_are_refused():
+    labels = {"tags": LABELS, "label": LABELS}
+    weights = {"tags": np.ones(len(LABELS)), "label": np.arange(len(LABELS))}
+    windows = DocumentWindows(DOCUMENTS, labels, window=5, lanes=4, weights=weights)
+    tokens = windows.keras_inputs()
+    x = keras.layers.LSTM(3, stateful=True)(keras.layers.Embedding(VOCAB, 4)(tokens))
+    heads = {name: keras.layers.Dense(1)(x) for name in labels}
+    model = compiled(keras_tbptt.TBPTTModel(tokens, heads))
+    with pytest.raises(ValueError, match=r"count alike.*Received: "):
+        diagnostics.gradient_reach(model, windows)
+    steps = keras.Input(batch_shape=(4, 5, 1), name="steps")
+    outputs = keras.layers.Dense(1)(keras.layers.GRU(2, stateful=True)(steps))
+    named = compiled(keras_tbptt.TBPTTModel({"steps": steps}, outputs))
+    with pytest.raises(ValueError, match=r"one input.*Received: "):
+        diagnostics.gradient_reach(named, DOCUMENTS, LABELS)

@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 from toys import VOCAB, random_documents, random_labels, token_layers, token_model, two_heads
 
-from keras_tbptt import DocumentStream, DocumentWindows, ExactBackup, RecordError
+from keras_tbptt import DocumentStream, DocumentWindows, ExactBackup, RecordError, TBPTTModel
 from keras_tbptt.data._lanes import Position
 
 COUNT = 40
@@ -598,3 +598,98 @@ def test_what_needs_documents_in_memory_is_refused():
     with pytest.raises(ValueError, match="something to learn"):
         model.optimizer_steps(stream())
     assert model.predict(stream(), verbose=0).shape[1:] == (1,)
+
+
+def figures_of(targets, weights):
+    """The loss of an evaluation, from a stream and from windows."""
+    records = list(zip(DOCUMENTS, targets, weights, strict=True))
+    unknown = any(np.isnan(target).any() for target in targets)
+    given = DocumentStream([records], **SHAPE, per_step=True, unknown=unknown)
+    windows = DocumentWindows(DOCUMENTS, targets, **SHAPE, per_step=True, weights=weights)
+    tokens = windows.keras_inputs()
+    x = keras.layers.GRU(3, stateful=True, return_sequences=True)(
+        keras.layers.Embedding(VOCAB, 3)(tokens)
+    )
+    model = TBPTTModel(tokens, keras.layers.Dense(1)(x))
+    model.compile("sgd", "mse")
+    return model.evaluate(given, verbose=0), model.evaluate(windows, verbose=0)
+
+
+def test_steps_of_weight_0_count_as_in_windows():
+    rng = np.random.default_rng(0)
+    targets = [rng.normal(size=len(ids)) for ids in DOCUMENTS]
+    by_step = [rng.integers(0, 2, len(ids)).astype(float) for ids in DOCUMENTS]
+    np.testing.assert_allclose(*figures_of(targets, by_step), rtol=1e-5)
+
+
+def test_documents_of_weight_0_count_as_in_windows_where_targets_are_unknown():
+    rng = np.random.default_rng(0)
+    targets = [np.where(rng.random(len(ids)) < 0.4, np.nan, 1.0) for ids in DOCUMENTS]
+    by_document = np.arange(COUNT) % 3
+    np.testing.assert_allclose(*figures_of(targets, by_document.tolist()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("skip_errors", [False, True])
+def test_the_ids_of_a_larger_model_are_allowed_again(skip_errors):
+    records = [([1, 2], 0.0), ([60, 1], 1.0), ([3], 1.0)]
+    given = DocumentStream([records], **SHAPE, skip_errors=skip_errors)
+    given.count()
+
+    def loss(rows):
+        keras.utils.set_random_seed(0)
+        tokens = given.keras_inputs()
+        x = keras.layers.GRU(3, stateful=True)(keras.layers.Embedding(rows, 2)(tokens))
+        model = TBPTTModel(tokens, keras.layers.Dense(1)(x))
+        model.compile("sgd", "mse")
+        return model.evaluate(given, verbose=0)
+
+    before = loss(100)
+    if skip_errors:
+        assert loss(10) != before
+    else:
+        with pytest.raises(RecordError, match="id 60, not 0 to 9"):
+            loss(10)
+    assert loss(100) == before
+
+
+def test_counts_of_another_parse_are_not_used(tmp_path):
+    def counted(parse):
+        return stream(parse=parse).count(tmp_path / "counts.json").steps
+
+    everything = sum(map(len, DOCUMENTS))
+    assert counted(parse) == everything
+    assert counted(lambda record: (record["ids"][:2], record["label"])) < everything
+    assert counted(parse) == everything
+
+
+def test_a_label_after_a_record_without_one_is_an_error_of_the_record():
+    records = [([1, 2], None), ([3], 1.0)]
+    given = DocumentStream([records], **SHAPE)
+    with pytest.raises(RecordError, match=r"record 1 of .*the first record has none"):
+        given.count()
+
+
+def test_a_file_that_two_patterns_match_is_refused(tmp_path):
+    (tmp_path / "a-1.jsonl").write_text(json.dumps([[1, 2], 0.0]) + "\n")
+    with pytest.raises(ValueError, match=r"named once.*Received: .*a-1.jsonl"):
+        DocumentStream([tmp_path / "a-*.jsonl", tmp_path / "a-1.jsonl"], **SHAPE)
+
+
+@pytest.mark.parametrize("shards", [[{"ids": [1]}], {"ids": [1]}])
+def test_records_without_a_list_around_them_are_refused(shards):
+    with pytest.raises(ValueError, match=r"given as \[records\].*Received: "):
+        DocumentStream(shards, parse, **SHAPE)
+
+
+def test_an_array_is_a_shard():
+    ids = np.ones((3, 4), "int64")
+    assert DocumentStream([ids], **SHAPE).count().steps == 12
+
+
+def test_lines_of_spaces_are_blank_however_long(tmp_path, monkeypatch):
+    monkeypatch.setattr("keras_tbptt.data._shards._BUFFER", 7)  # so that lines cross it
+    lines = [" " * 12, "a b", "", " indented", "\t" * 20, "end"]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    given = DocumentStream(tmp_path / "a.txt", lambda line: list(line.encode()), **SHAPE)
+    assert given.count().documents == 3
+    assert given.count().steps == len("a b indentedend")

@@ -314,3 +314,55 @@ def test_an_unwritable_directory_is_named(model, vectorizer, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"choose one that can.*Received: path="):
         keras_tbptt.export_saved_model(model, tmp_path / "file" / "m", vectorizer)
+
+
+@pytest.mark.parametrize("version", [0, -1, "x", True, 1.5])
+def test_a_version_that_no_server_reads_is_refused(version, model, tmp_path):
+    with pytest.raises(ValueError, match=r"integer >= 1.*Received: version="):
+        keras_tbptt.export_saved_model(model, tmp_path / "m", version=version)
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_export_never_deletes_itself(model, tmp_path):
+    (tmp_path / "5" / "variables").mkdir(parents=True)
+    path = keras_tbptt.export_saved_model(model, tmp_path, version=1, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "5"]
+    assert (path / "saved_model.pb").exists()
+
+
+def test_a_vectorizer_of_another_model_is_refused(model, tmp_path):
+    words = make_vectorizer([" ".join(f"w{i}" for i in range(VOCAB))])
+    with pytest.raises(ValueError, match=r"trained with.*Received: "):
+        keras_tbptt.export_saved_model(model, tmp_path / "m", words)
+
+
+@keras.saving.register_keras_serializable(package="test_export")
+def keep_exclamation_marks(texts):
+    texts = tf.strings.regex_replace(texts, "!", " ! ")
+    return tf.where(tf.strings.strip(texts) == "", "nothing", texts)
+
+
+def test_a_stream_of_a_standardization_of_ones_own_skips_no_word(tmp_path):
+    own = make_vectorizer(["good ! so nothing"], standardize=keep_exclamation_marks)
+    model = token_model()
+    path = keras_tbptt.export_saved_model(model, tmp_path / "m", own)
+    served = tf.saved_model.load(str(path)).signatures
+    state, start = served["initial_state"](batch_size=tf.constant(1))["state"], True
+    for piece in ("good", "", "!", "so"):
+        reply = served["stream"](text=tf.constant([piece]), state=state, start=tf.constant([start]))
+        state, start = reply["state"], False
+    whole = served["serving_default"](text=tf.constant(["good ! so"]))
+    np.testing.assert_allclose(reply["probability"], whole["probability"], atol=1e-6)
+
+
+def test_a_model_that_looks_ids_up_is_exported(tmp_path):
+    lookup = keras.layers.IntegerLookup()
+    lookup.adapt(np.array([7, 7, 5, 9]))
+    ids = keras.Input(batch_shape=(2, 5), dtype="int64")
+    x = keras.layers.GRU(3, stateful=True)(keras.layers.Embedding(5, 2)(lookup(ids)))
+    model = keras_tbptt.TBPTTModel(ids, keras.layers.Dense(1, activation="sigmoid")(x))
+    documents = [[7, 9, 5, 5, 7, 9, 1]]
+    path = keras_tbptt.export_saved_model(model, tmp_path / "m")
+    serve = tf.saved_model.load(str(path)).signatures["serving_default"]
+    got = serve(ids=tf.constant(documents, tf.int64), lengths=tf.constant([7]))["probability"]
+    np.testing.assert_allclose(got, model.predict_documents(documents), atol=1e-6)

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_tbptt
 from keras_tbptt import DocumentWindows, TBPTTModel, forecast
@@ -106,6 +107,29 @@ def test_training_goes_on_as_if_nothing_had_been_forecast():
         found.append(model.get_weights())
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_forecast_normalises_by_what_the_model_is_adapted_to_now():
+    normalization = L.Normalization()
+    normalization.adapt(np.concatenate(SERIES))
+    inputs = keras.Input(batch_shape=(3, 4, 2))
+    x = L.GRU(3, stateful=True)(normalization(inputs))
+    model = TBPTTModel(inputs, L.Dense(2)(x))
+    before = forecast(model, SERIES, 1)
+    model.predict_documents(SERIES, last_step=True)
+    normalization.adapt(3 * np.concatenate(SERIES) + 7)
+    after = forecast(model, SERIES, 1)
+    assert np.abs(after - before).max() > 1e-3
+    np.testing.assert_allclose(after[:, 0], model.predict_documents(SERIES), atol=1e-6)
+
+
+def test_a_dataset_of_documents_may_have_labels():
+    model = regressor()
+    pairs = tf.data.Dataset.from_generator(
+        lambda: ((one, 0.0) for one in SERIES),
+        output_signature=(tf.TensorSpec([None, 2]), tf.TensorSpec([])),
+    )
+    np.testing.assert_array_equal(forecast(model, pairs, 2), forecast(model, SERIES, 2))
 
 
 def convolution():

@@ -342,3 +342,31 @@ def test_only_a_model_that_can_generate_is_exported_so(tmp_path):
     with pytest.raises(ValueError, match="a model of ids"):
         keras_tbptt.export_saved_model(model, tmp_path / "model", generation=True)
     assert not (tmp_path / "model").exists()
+
+
+def test_outputs_that_are_no_numbers_are_refused_and_not_remembered():
+    model = language_model(activation="softmax")
+    sound = model.get_weights()
+    expected = generate(model, PROMPTS, 5, seed=0)
+    again = language_model(activation="softmax")
+    again.set_weights([np.full_like(weight, np.nan) for weight in sound])
+    with pytest.raises(ValueError, match=r"no numbers.*Received: model"):
+        generate(again, PROMPTS, 5, seed=0)
+    again.set_weights(sound)
+    for one, other in zip(expected, generate(again, PROMPTS, 5, seed=0), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_coldest_temperature_draws_the_likeliest():
+    model = language_model()
+    likeliest = generate(model, PROMPTS, 5, top_k=1)
+    for one, other in zip(likeliest, generate(model, PROMPTS, 5, temperature=1e-37), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_classes_that_have_all_underflowed_are_drawn_from():
+    """All the mass is on padding, which is never drawn."""
+    model = language_model(activation="softmax", mask_zero=True)
+    head = model.layers[-1]
+    head.set_weights([np.zeros_like(head.kernel), np.eye(CLASSES, dtype="float32")[0] * 200])
+    assert all((new > 0).all() for new in generate(model, PROMPTS, 5, seed=0))

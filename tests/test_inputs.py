@@ -1,6 +1,7 @@
 """Several inputs per step and inputs of a whole document, against the plain model."""
 
 import itertools
+from collections import OrderedDict
 
 import keras
 import numpy as np
@@ -504,3 +505,18 @@ def test_an_interrupted_training_of_several_inputs_ends_as_one_that_was_not(tmp_
         resumed = fit(tmp_path / "part")
     for one, other in zip(whole, resumed, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("structure", "message"),
+    [
+        (lambda a, b: OrderedDict(b=b, a=a), r"plain dict.*Received: \['b', 'a'\]"),
+        (lambda a, b: {"x": {"a": a, "b": b}}, "without structures within.*Received: "),
+        (lambda a, b: [a, (b,)], "without structures within.*Received: "),
+    ],
+)
+def test_inputs_that_keras_would_pair_wrongly_are_refused(structure, message):
+    a, b = (keras.Input(batch_shape=(2, 3, 1), name=name) for name in "ab")
+    outputs = L.Dense(1)(L.GRU(2, stateful=True)(L.Concatenate()([a, b])))
+    with pytest.raises(ValueError, match=message):
+        TBPTTModel(structure(a, b), outputs)

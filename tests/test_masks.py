@@ -232,3 +232,15 @@ def test_layers_are_as_they_were_after_a_call():
     model = compiled(token_model(layers=LOSE_THE_MASK["a nested model"]))
     model.predict_documents(random_documents())
     assert not any("call" in vars(layer) for layer in model._flatten_layers())
+
+
+def test_the_maximum_over_a_window_leaves_padding_out():
+    """Keras takes it over masked steps too, and padding is the largest here."""
+    ids = keras.Input(batch_shape=(2, 6), dtype="int32")
+    table = np.array([[9.0], [3.0], [2.0]], "float32")
+    x = L.Embedding(3, 1)(ids)
+    both = [L.GlobalMaxPooling1D()(x), lstm(return_sequences=False)(x)]
+    model = TBPTTModel(ids, both)
+    model.layers[1].set_weights([table])
+    largest, _ = model.predict_documents([[2, 1], [2, 2, 2, 2, 2, 2, 2]])
+    np.testing.assert_array_equal(largest, [[3.0], [2.0]])

@@ -1,8 +1,11 @@
 """A target per step and a label of the document in one model, against figures by hand."""
 
+from collections import OrderedDict
+
 import keras
 import numpy as np
 import pytest
+from toys import VOCAB, random_documents, random_labels
 
 from keras_tbptt import DocumentWindows, ExactBackup, TBPTTModel
 from keras_tbptt.callbacks import ResetStates
@@ -325,3 +328,28 @@ def test_what_is_known_is_counted_by_output():
     assert data.known["tags"].sum() == (~np.isnan(np.concatenate(labels["tags"]))).sum()
     known = ~np.isnan(labels["label"])
     assert data.known["label"][data.ends].sum() == known.sum()
+
+
+@pytest.mark.parametrize("names", [("z", "b"), ("tags", "other"), ("tags",)])
+def test_targets_by_wrong_names_are_refused(names):
+    documents = random_documents(6)
+    labels = {name: random_labels(6) for name in names}
+    windows = DocumentWindows(documents, labels, window=5, lanes=4)
+    one = len(names) == 1
+    tokens = windows.keras_inputs()
+    x = L.LSTM(3, stateful=True)(L.Embedding(VOCAB, 4)(tokens))
+    heads = {name: L.Dense(1, name=f"{name}_head")(x) for name in ("tags", "label")}
+    for outputs in (heads["tags"],) if one else (heads, list(heads.values())):
+        model = TBPTTModel(tokens, outputs)
+        model.compile("sgd", "mse")
+        with pytest.raises(ValueError, match=r"names of the outputs.*Received: targets"):
+            model.fit(windows, verbose=0)
+
+
+def test_outputs_in_an_unsorted_ordered_dict_are_refused():
+    tokens = keras.Input(batch_shape=(4, 5), dtype="int32")
+    x = L.LSTM(3, stateful=True)(L.Embedding(VOCAB, 4)(tokens))
+    heads = OrderedDict([("zeta", L.Dense(1)(x)), ("alpha", L.Dense(1)(x))])
+    with pytest.raises(ValueError, match=r"plain dict.*Received: \['zeta', 'alpha'\]"):
+        TBPTTModel(tokens, heads)
+    assert TBPTTModel(tokens, dict(heads)).lanes == 4

@@ -139,6 +139,37 @@ def test_a_model_for_one_batch_shape_alone_keeps_its_lanes():
     np.testing.assert_allclose(many, np.tile(few, (3, 1)), atol=1e-6)
 
 
+def relu(x):
+    """Keras would find its own function of this name in a configuration."""
+    return keras.ops.minimum(x, 0.5)
+
+
+def test_a_function_with_the_name_of_one_of_kerass_is_kept():
+    keras.utils.set_random_seed(0)
+    features = keras.Input(batch_shape=(2, 5, 2))
+    x = keras_tbptt.layers.LSTM(3, stateful=True)(L.Dense(4, activation=relu)(features))
+    model = keras_tbptt.TBPTTModel(features, L.Dense(1)(x))
+    documents = random_documents(count=130, features=2)
+    few = model.predict_documents(documents)
+    many = model.predict_documents(documents * 3)
+    np.testing.assert_allclose(many, np.tile(few, (3, 1)), atol=1e-6)
+    with pytest.raises(ValueError, match=r"(?s)register_keras_serializable.*relu"):
+        model.resized(lanes=1)
+
+
+def test_a_vocabulary_that_was_learnt_goes_with_a_copy():
+    lookup = L.IntegerLookup()
+    lookup.adapt(np.array([7, 7, 5, 9]))
+    ids = keras.Input(batch_shape=(2, 5), dtype="int64")
+    x = keras_tbptt.layers.GRU(3, stateful=True)(L.Embedding(5, 2)(lookup(ids)))
+    model = keras_tbptt.TBPTTModel(ids, L.Dense(1)(x))
+    documents = [np.array([7, 9, 5, 5, 7, 9, 1])]
+    expected = model.predict_documents(documents)
+    np.testing.assert_allclose(
+        model.resized(lanes=1).predict_documents(documents), expected, atol=1e-6
+    )
+
+
 class Doubled(keras_tbptt.TBPTTModel):
     """A model that a copy would get wrong: what it multiplies by is set later on."""
 

@@ -264,6 +264,16 @@ def test_the_number_of_optimizer_steps_is_known_before(reach, window_loss):
     assert int(model.optimizer.iterations) == expected
 
 
+def test_the_expected_number_of_steps_counts_those_that_are_certain():
+    """Where all lanes end, a step is made whatever is drawn."""
+    documents = [np.ones(3, "int32")] * 12
+    windows = DocumentWindows(documents, np.ones(12), window=5, lanes=4)
+    model = build(backprop_windows="artbp", cut_probability=0.1)
+    assert model.optimizer_steps(windows) == len(windows) == 3
+    model.fit(windows, verbose=0)
+    assert int(model.optimizer.iterations) == 3
+
+
 @pytest.mark.parametrize("reach", [1, "artbp", "all"])
 def test_random_lengths_and_random_reach_trace_nothing_anew(reach):
     traces = []

@@ -202,3 +202,18 @@ def test_weights_move_between_models_of_other_lanes_and_windows_without_the_stat
     for one, other in zip(source.get_weights(), target.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
     assert all((state == 0.5).all() and len(state) == 3 for state in get_states(target))
+
+
+def test_a_stateful_layer_that_is_called_twice_is_refused():
+    """Its second call would go on from the state of the first."""
+    left, right = (keras.Input(batch_shape=(2, 3, 1), name=name) for name in ("left", "right"))
+    shared = keras.layers.GRU(2, stateful=True)
+    join = keras.layers.Concatenate()
+    twice = keras.Model([left, right], join([shared(left), shared(right)]))
+    with pytest.raises(ValueError, match=r"called once.*Received: layer 'gru"):
+        stateful_layers(twice)
+    below = keras.Model(left, shared(left))  # once in this model
+    assert stateful_layers(below) == [shared]
+    nested = keras.Model([left, right], join([below(left), below(right)]))
+    with pytest.raises(ValueError, match=r"called once.*Received: layer 'gru"):
+        stateful_layers(nested)

@@ -108,7 +108,8 @@ def check_padding(documents: Any, lengths: Any = None, name: str = "documents") 
             "step"
         )
     if lengths is not None:
-        left = (np.asarray(lengths) < longest) & zero[:, 0] & ~zero[:, 1]
+        lengths = np.asarray(lengths)
+        left = (lengths < longest) & zero[:, 0] & ~zero[:, 1]
         if left.any():
             row = int(np.argmax(left))
             raise ValueError(

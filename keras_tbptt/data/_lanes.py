@@ -275,6 +275,7 @@ class Lanes:
                 targets[i][lane, :count] = document.targets[i][first : first + count]
             if document.step_weights is not None:
                 step_weight[lane, :count] = document.step_weights[first : first + count]
+                real[lane, :count] = step_weight[lane, :count] > 0
         x: Window = {
             "inputs": inputs if form.named else inputs[""],
             "starts": busy & (begin == 0),
@@ -305,8 +306,6 @@ class Lanes:
         weights, counted = [], []
         for i, timed in enumerate(form.timed):
             counts, weight = (real, step_weight) if timed else (busy, self._weight)
-            if timed:
-                counts = counts & (weight > 0)
             if form.unknown:
                 rows = targets[i].reshape(counts.size, -1)
                 counts = counts & forms.known_rows(rows).reshape(counts.shape)
@@ -318,7 +317,7 @@ class Lanes:
             return tf.nest.map_structure(lambda place: each[place], form.labels)
 
         differ = form.weights_differ
-        if form.unknown:
+        if form.has_known:
             x["known"] = of_outputs(counted) if differ else counted[0]
         return x, of_outputs(targets), of_outputs(weights) if differ else weights[0]
 

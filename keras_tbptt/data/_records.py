@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -117,6 +118,11 @@ class RecordForm:
         """Whether outputs count in other places than others."""
         return len(set(self.timed)) > 1 or (self.unknown and len(self.timed) > 1)
 
+    @property
+    def has_known(self) -> bool:
+        """Whether a batch says what counts, because a step may be left out of the count."""
+        return self.unknown or (bool(self.timed) and all(self.timed) and self.next_step is None)
+
     def called(self, name: str) -> str:
         """How an error names an input.
 
@@ -179,6 +185,8 @@ class RecordForm:
 
     def _targets(self, labels: Any, length: int) -> list[np.ndarray]:
         if self.labels is None:
+            if labels is not None:
+                raise ValueError("it has a label, and the first record has none")
             return []
         if labels is None:
             raise ValueError("it has no label")
@@ -202,7 +210,8 @@ class RecordForm:
         if weight is None:
             return 1.0, None
         array = np.asarray(weight, "float32")
-        wanted: tuple[tuple[int, ...], ...] = ((), (length,)) if all(self.timed) else ((),)
+        by_step = self.has_known and all(self.timed)
+        wanted: tuple[tuple[int, ...], ...] = ((), (length,)) if by_step else ((),)
         if array.shape not in wanted or not np.isfinite(array).all() or (array < 0).any():
             raise ValueError(f"its weight must be one number >= 0, not {_short(weight)}")
         return (float(array), None) if array.ndim == 0 else (1.0, array)
@@ -322,7 +331,7 @@ class Records:
         """The form of the first record that can be read."""
         for shard in range(len(self.shards)):
             records = self.open(shard)
-            for record in range(len(records or ())):
+            for record in range(0 if records is None else len(records)):
                 try:
                     parsed = self._parsed_one(records[record])
                     form = make_form(parsed)
@@ -347,10 +356,21 @@ class Records:
         return digest.hexdigest()
 
     @property
+    def code_of_parse(self) -> str:
+        """SHA-256 of the code of `parse`, in hexadecimal; "" where Python does not show it."""
+        code = getattr(self._parse, "__code__", None)
+        return "" if code is None else hashlib.sha256(repr(_parts(code)).encode()).hexdigest()
+
+    @property
     def fillers(self) -> dict[str, np.ndarray]:
         """For each input, a step that is no padding."""
         steps = self._first_parsed.steps
         return {name: array[forms.first_nonzero(array, 0)] for name, array in steps.items()}
+
+
+def _parts(code: types.CodeType) -> list[Any]:
+    constants = [_parts(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    return [code.co_code.hex(), code.co_names, constants]
 
 
 def _split(parsed: Any) -> tuple[Any, Any, Any]:

@@ -10,7 +10,7 @@ import os
 import pathlib
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import google_crc32c
@@ -19,8 +19,7 @@ import tensorflow as tf
 
 # Shards that stay open: the one that is read, and the one before.
 _OPEN = 2
-# Bytes of a line that may be blank; a longer one is taken for a record.
-_SHORT = 9
+_SPACES = np.frombuffer(b" \t\n\r\v\f", "uint8")
 # Bytes that are read at a time to find where records begin.
 _BUFFER = 1 << 22
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
@@ -149,14 +148,18 @@ class Lines(_File):
 
     def __init__(self, path: pathlib.Path):
         super().__init__(path)
-        found = [np.zeros(1, "int64")]
+        begins, begin_with_space, at_end = [np.zeros(0, "int64")], [np.zeros(0, bool)], True
         for start in range(0, self._size, _BUFFER):
             part = np.frombuffer(self._bytes(start, start + _BUFFER), "uint8")
-            found.append(np.flatnonzero(part == ord("\n")) + start + 1)
-        begins = np.unique(np.append(np.concatenate(found), self._size))
-        self._begins, self._ends = begins[:-1], begins[1:]
-        short = np.flatnonzero(self._ends - self._begins < _SHORT)
-        blank = [i for i in short.tolist() if not self._line(i).strip()]
+            ends = part == ord("\n")
+            found = np.flatnonzero(np.append(at_end, ends[:-1]))
+            begins.append(found + start)
+            begin_with_space.append(np.isin(part[found], _SPACES))
+            at_end = ends[-1]
+        self._begins = np.concatenate(begins)
+        self._ends = np.append(self._begins[1:], self._size)
+        maybe = np.flatnonzero(np.concatenate(begin_with_space))
+        blank = [i for i in maybe.tolist() if not self._line(i).strip()]
         self._begins = np.delete(self._begins, blank)
         self._ends = np.delete(self._ends, blank)
 
@@ -199,11 +202,15 @@ class TFRecords(_File):
         """The bytes of the record."""
         begin = int(self._begins[record])
         length = self._length(begin, self._bytes(begin, begin + 12))
-        if length is not None:
-            content = self._bytes(begin + 12, begin + 16 + length)
-            if _is_sum_of(content[:-4], content[-4:]):
-                return content[:-4]
-        raise ValueError(f"the checksum is wrong at byte {begin}")
+        if length is None:
+            raise ValueError(
+                f"the length of a record is damaged at byte {begin}, so the {self._size - begin} "
+                "bytes from there to the end of the shard cannot be read"
+            )
+        content = self._bytes(begin + 12, begin + 16 + length)
+        if not _is_sum_of(content[:-4], content[-4:]):
+            raise ValueError(f"the checksum is wrong at byte {begin}")
+        return content[:-4]
 
     def _length(self, begin: int, head: bytes) -> int | None:
         """The length of a record, or None if it is damaged."""
@@ -262,7 +269,7 @@ _FORMATS: dict[str, Callable[[pathlib.Path], Any]] = {
 
 def _listed(given: Any) -> list[Any]:
     """Paths, with patterns replaced by what they match, and sequences of records."""
-    if isinstance(given, (str, os.PathLike)):
+    if isinstance(given, (str, os.PathLike, Mapping)):
         given = [given]
     found: list[Any] = []
     for shard in given if isinstance(given, Iterable) else [given]:
@@ -278,6 +285,13 @@ def _listed(given: Any) -> list[Any]:
                 "Each shard must be a file, or a pattern of files, that exists. "
                 f"Received: {str(path)!r}"
             )
+    paths = [shard.resolve() for shard in found if isinstance(shard, pathlib.Path)]
+    twice = sorted({str(path) for path in paths if paths.count(path) > 1})
+    if twice:
+        raise ValueError(
+            "Each shard must be named once, or an epoch would have its documents twice: let "
+            f"patterns match different files. Received: {twice}"
+        )
     if not found:
         raise ValueError("`shards` must name at least one shard. Received: none")
     return found
@@ -286,12 +300,13 @@ def _listed(given: Any) -> list[Any]:
 def _reader_of(shard: Any) -> Callable[[], Any]:
     """What opens a shard."""
     if not isinstance(shard, pathlib.Path):
-        if hasattr(shard, "__len__") and hasattr(shard, "__getitem__"):
+        mapping = isinstance(shard, Mapping)
+        if hasattr(shard, "__len__") and hasattr(shard, "__getitem__") and not mapping:
             return _Given(shard)
         raise ValueError(
             "Each of `shards` must be a path, or an object with len(shard) and shard[record], "
-            "such as a data set of Hugging Face or a data source of tfds. "
-            f"Received: {type(shard).__name__}"
+            "such as a data set of Hugging Face or a data source of tfds; one list of records is "
+            f"given as [records]. Received: {type(shard).__name__}"
         )
     # As tfds names them: imdb-train.tfrecord-00000-of-00004
     suffixes = [suffix.split("-")[0] for suffix in shard.suffixes]

@@ -236,7 +236,9 @@ class DocumentStream(DescribesStream):
             )
         count: int | None = tf.data.INFINITE_CARDINALITY
         if one_pass and workers == 1:
-            count = None if self.counts is None else self.counts.one_pass
+            # What is skipped depends on the model's ids too, which `count` may not have known.
+            known = self.counts is not None and not self.skip_errors
+            count = self.counts.one_pass if known else None
         windows = self._iterations.dataset(worker, workers, one_pass)
         return of_windows(windows, self, count)
 
@@ -244,8 +246,9 @@ class DocumentStream(DescribesStream):
         """Reads all documents once, so that the length of an epoch is known.
 
         Args:
-            cache: Optional path of a JSON file. Counts of these shards, this window and these lanes
-                are taken from it, or written to it.
+            cache: Optional path of a JSON file. Counts of these shards, this `parse`, this window
+                and these lanes are taken from it, or written to it. Functions that `parse` calls
+                are not compared: delete the file when they change.
 
         Returns:
             `Counts`, also in the attribute `counts`.
@@ -256,6 +259,7 @@ class DocumentStream(DescribesStream):
         path = None if cache is None else pathlib.Path(cache)
         names = ("fingerprint", "window", "lanes", "per_step", "skip_errors")
         key = " ".join(f"{name}={getattr(self, name)}" for name in names)
+        key += f" parse={self._records.code_of_parse}"
         known = json.loads(path.read_text()) if path is not None and path.exists() else {}
         if key not in known:
             known[key] = self._count()
@@ -314,6 +318,10 @@ class DocumentStream(DescribesStream):
         """What must be the same for a training to be resumed."""
         names = ("window", "lanes", "shuffle", "seed", "per_step")
         return {"data": self.fingerprint, **{name: getattr(self, name) for name in names}}
+
+    def forget_limits(self) -> None:
+        """Allows all ids again, before `limit_ids` is called for another model."""
+        self._records.limits.clear()
 
     def limit_ids(self, name: str, smallest: int, largest: int) -> None:
         """Makes ids that a model has no row for an error of the record that holds them.

@@ -145,7 +145,9 @@ class Generator:
     def _logits(self, outputs: Any) -> tf.Tensor:
         """float32 `[batch, classes]`."""
         outputs = tf.cast(keras.tree.flatten(outputs)[0], "float32")
-        return tf.math.log(outputs) if self._gives_probabilities else outputs
+        # Some class is drawn even if all that may be drawn have underflowed to 0.
+        smallest = np.finfo("float32").tiny
+        return tf.math.log(tf.maximum(outputs, smallest)) if self._gives_probabilities else outputs
 
     def _look_at_outputs(self) -> bool:
         """Runs a random window at once and step by step, and compares what comes out.
@@ -176,6 +178,11 @@ class Generator:
             return keras.tree.flatten(at_once)[0], alone
 
         at_once, alone = (tf.cast(tensor, "float32").numpy() for tensor in outputs())
+        if not (np.isfinite(at_once) | np.isneginf(at_once)).all():  # which a logit may be
+            raise ValueError(
+                "The model gives outputs that are no numbers: load its weights again, or train it "
+                f"with a lower learning rate. Received: model {self._model.name!r}"
+            )
         half = self._model.compute_dtype in ("float16", "bfloat16")
         tolerance = (0.05 if half else 1e-3) * max(1.0, np.abs(at_once).max())
         if not np.allclose(at_once, alone, rtol=0, atol=tolerance, equal_nan=True):
@@ -225,7 +232,8 @@ def _draw(
     logits: tf.Tensor, temperature: tf.Tensor, top_k: tf.Tensor, top_p: tf.Tensor, seed: tf.Tensor
 ) -> tf.Tensor:
     """One id for each row of logits, int32 `[batch]`."""
-    logits = logits / temperature
+    # All at most 0, so that no temperature makes one infinite.
+    logits = (logits - tf.reduce_max(logits, axis=-1, keepdims=True)) / temperature
     classes = logits.shape[-1]
 
     def from_all() -> tf.Tensor:

@@ -10,10 +10,10 @@ import tensorflow as tf
 
 from keras_tbptt import _keras
 from keras_tbptt._batches import embeddings_of_ids
-from keras_tbptt._inputs import ModelInputs
+from keras_tbptt._inputs import ModelInputs, check_order
 from keras_tbptt.serving._generation import Generator, excluded_ids
 from keras_tbptt.serving._stream import DocumentRunner, StreamState, at_every_step
-from keras_tbptt.text import WORDLESS, check_ragged, separator_of, standardize
+from keras_tbptt.text import WORDLESS, check_ragged, is_of_text, separator_of, standardize
 
 _TEXT = tf.TensorSpec([None], tf.string, name="text")
 _LENGTHS = tf.TensorSpec([None], tf.int32, name="lengths")
@@ -104,6 +104,8 @@ class _Served:
                 f"input, beside static ones. Received: inputs per step {[*self._form.steps]}"
             )
         self._vectorizer = vectorizer
+        if vectorizer is not None:
+            _check_vocabulary(vectorizer, model, self._form)
         self._with_lengths = any(at_every_step(model, last_step))
         own = {"state", "lengths"} if self._with_lengths else {"state"}
         self._names = output_names(model, taken=own)
@@ -114,6 +116,7 @@ class _Served:
         }
         # What `keras_tbptt.text.standardize` makes of a text without a word.
         self._adds_a_word = vectorizer is not None and len(vectorizer([""])[0]) > 0
+        self._own_words = self._adds_a_word and is_of_text(vectorizer)
 
     def tokens(self, *given: tf.Tensor) -> dict[str, tf.Tensor]:
         """Whole documents of ids or features: inputs and lengths."""
@@ -147,7 +150,8 @@ class _Served:
         ids = self._vectorizer(text)
         lengths = tf.cast(ids.row_lengths(), "int32")
         if self._adds_a_word:
-            lengths = tf.where(standardize(text) == WORDLESS, 0, lengths)
+            wordless = standardize(text) == WORDLESS if self._own_words else text == ""
+            lengths = tf.where(wordless, 0, lengths)
         inputs = self._with_static(ids.to_tensor(), static, lengths)
         return self._go_on(inputs, lengths, state, start)
 
@@ -304,6 +308,20 @@ def _spec(name: str, form: ModelInputs) -> tf.TensorSpec:
     return tf.TensorSpec([None, None, *tensor.shape[2:]], tensor.dtype, name=name)
 
 
+def _check_vocabulary(
+    vectorizer: keras.layers.TextVectorization, model: keras.Model, form: ModelInputs
+) -> None:
+    [tensor] = form.steps.values()
+    words = vectorizer.vocabulary_size()
+    rows = [layer.input_dim for layer in embeddings_of_ids(model, [tensor])]
+    if len(tensor.shape) > 2 or min(rows, default=words) < words:
+        raise ValueError(
+            "The vectorizer must be the one that the model was trained with: the model needs an "
+            f"id per step, and a row of its embedding for each word. Received: {words} words, "
+            f"an input of shape {tensor.shape}, embeddings of {rows} rows"
+        )
+
+
 def _check_names(inputs: Sequence[tf.TensorSpec]) -> None:
     own = {"text", "lengths", "state", "start", "batch_size", "new_state"}
     wrong = [spec.name for spec in inputs if spec.name in own or not spec.name.isidentifier()]
@@ -363,6 +381,7 @@ def output_names(model: keras.Model, taken: Collection[str]) -> list[str]:
     activation = getattr(_keras.producer(outputs[0]), "activation", None)
     if len(outputs) == 1 and getattr(activation, "__name__", "") in ("sigmoid", "softmax"):
         return ["probability"]
+    check_order(model.output, "outputs")
     names = sorted(model.output) if isinstance(model.output, dict) else model.output_names
     if len(set(names)) != len(outputs):
         raise ValueError(

@@ -13,9 +13,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt import _keras
 from keras_tbptt._files import partial_directory, write_whole
 from keras_tbptt._inputs import ModelInputs
 from keras_tbptt._requests import grpc_request, serving_extra
+from keras_tbptt._resizing import LOOKUPS
 from keras_tbptt.serving._signatures import signatures
 from keras_tbptt.serving._stream import StreamState, functional
 
@@ -114,11 +116,18 @@ def export_saved_model(
         )
     if keep is not None and keep < 1:
         raise ValueError(f"`keep` must be at least 1, or None for all. Received: keep={keep}")
+    whole = isinstance(version, (int, np.integer)) and not isinstance(version, bool)
+    if version is not None and not (whole and version >= 1):
+        raise ValueError(
+            "`version` must be an integer >= 1, or None for the next. "
+            f"Received: version={version!r}"
+        )
     path = pathlib.Path(path)
     model = functional(model)
     served = tf.Module()
     served.weights = [weight.value for weight in model.weights]
     served.vectorizer = vectorizer
+    served.lookups = [one for one in _keras.flatten_layers(model) if isinstance(one, LOOKUPS)]
     served.endpoints = signatures(model, vectorizer, last_step, generation)
     warmup = _warmup_requests(path.name, warmup_texts, model, StreamState(model, last_step).width)
 
@@ -144,7 +153,7 @@ def export_saved_model(
         partial.chmod(0o755)
         final = _publish(partial, path, version)
     if keep is not None:
-        _delete(path, _versions(path)[:-keep])
+        _delete(path, [v for v in _versions(path)[:-keep] if v != version])
     return final
 
 
