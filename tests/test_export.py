@@ -366,3 +366,28 @@ def test_a_model_that_looks_ids_up_is_exported(tmp_path):
     serve = tf.saved_model.load(str(path)).signatures["serving_default"]
     got = serve(ids=tf.constant(documents, tf.int64), lengths=tf.constant([7]))["probability"]
     np.testing.assert_allclose(got, model.predict_documents(documents), atol=1e-6)
+
+
+def test_layers_that_look_at_other_steps_are_warned_of(tmp_path):
+    def averaged(ids):
+        x = keras.layers.Embedding(VOCAB, 3)(ids)
+        x = keras.layers.LSTM(3, stateful=True, return_sequences=True)(x)
+        return keras.layers.Dense(1)(keras.layers.GlobalAveragePooling1D()(x))
+
+    model = token_model(layers=averaged)
+    with pytest.warns(UserWarning, match=r"has 5 steps.*Received: layers \['global_average"):
+        path = keras_tbptt.export_saved_model(model, tmp_path / "m")
+    served = tf.saved_model.load(str(path)).signatures
+    ids = tf.constant([[1, 2, 3, 4, 5, 6, 7]])
+    whole = served["tokens"](ids=ids, lengths=tf.constant([7]))
+    [name] = whole
+    state, start = served["initial_state"](batch_size=tf.constant(1))["state"], True
+    for piece in (ids[:, :5], ids[:, 5:]):
+        reply = served["stream_tokens"](
+            ids=piece,
+            lengths=tf.constant([piece.shape[1]]),
+            state=state,
+            start=tf.constant([start]),
+        )
+        state, start = reply["state"], False
+    np.testing.assert_allclose(reply[name], whole[name], atol=1e-6)

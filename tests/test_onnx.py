@@ -266,3 +266,15 @@ def test_what_no_runtime_could_load_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"policy float32.*Received: "):
         keras_tbptt.export_onnx(model, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_no_runtime_runs_is_refused(tmp_path):
+    """ONNX Runtime loads the loop within the loop, and cannot run it."""
+    steps = keras.Input(batch_shape=(3, 5, 3, 2))
+    inner = keras.layers.TimeDistributed(keras_tbptt.layers.LSTM(2, return_sequences=True))(steps)
+    flat = keras.layers.TimeDistributed(keras.layers.Flatten())(inner)
+    model = keras_tbptt.TBPTTModel(steps, keras_tbptt.layers.GRU(4, stateful=True)(flat))
+    with pytest.raises(ValueError, match=r"cannot run the model.*Received: "):
+        keras_tbptt.export_onnx(model, tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
+    assert keras_tbptt.export_onnx(model, tmp_path / "m.onnx", window=5, lanes=1).exists()

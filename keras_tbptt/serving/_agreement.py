@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import numpy as np
@@ -12,20 +12,24 @@ import tensorflow as tf
 from keras_tbptt import _keras
 from keras_tbptt._batches import embeddings_of_ids
 from keras_tbptt._inputs import ModelInputs
-from keras_tbptt.serving._step import FixedStep
 
 # How far outputs may lie from the model's, as a share of the largest, or of 1.
 _ROUNDING = {"float32": 1e-4, "half": 0.05, "int8": 0.1}
 
 
 def check_converted(
-    model: keras.Model, step: FixedStep, converted: Callable, precision: str = "float32"
+    model: keras.Model,
+    inputs: Sequence[tf.TensorSpec],
+    stream: tf.types.experimental.PolymorphicFunction,
+    converted: Callable,
+    precision: str = "float32",
 ) -> None:
     """Runs random streams by the model and by what it was converted to, and compares outputs.
 
     Args:
         model: What was converted.
-        step: The function that was converted.
+        inputs: What `converted` takes, in fixed shapes; `lengths`, `state` and `start` come last.
+        stream: The model's `stream` signature.
         converted: Takes arrays by name, and returns a dict of arrays.
         precision: `"float32"` or `"int8"`. Of the converted weights. Defaults to `"float32"`.
 
@@ -33,13 +37,13 @@ def check_converted(
         ValueError: If outputs differ by more than rounding.
     """
     kind = "half" if precision == "float32" and _rounds(model) else precision
-    states = [np.zeros(step.inputs[-2].shape, "float32")] * 2
-    for request in _requests(model, step.inputs):
+    states = [np.zeros(inputs[-2].shape, "float32")] * 2
+    for request in _requests(model, inputs):
         of_model = [
             tf.cast(request.get(spec.name, states[0]), spec.dtype)
-            for spec in step.any_shapes.input_signature
+            for spec in stream.input_signature
         ]
-        expected = {name: value.numpy() for name, value in step.any_shapes(*of_model).items()}
+        expected = {name: value.numpy() for name, value in stream(*of_model).items()}
         found = converted(**request, state=states[1])
         states = [expected.pop("state"), found.pop("new_state")]
         expected.pop("lengths", None)
@@ -66,7 +70,9 @@ def _rounds(model: keras.Model) -> bool:
     )
 
 
-def _requests(model: keras.Model, inputs: list[tf.TensorSpec]) -> Iterator[dict[str, np.ndarray]]:
+def _requests(
+    model: keras.Model, inputs: Sequence[tf.TensorSpec]
+) -> Iterator[dict[str, np.ndarray]]:
     """Pieces of random streams, without their state: whole, short and empty ones, and new starts.
 
     They go on for more steps than the model's window has, up to some tens.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_tbptt import _keras
 from keras_tbptt._inputs import ModelInputs
 from keras_tbptt._replicas import check_one_device
 from keras_tbptt._tensors import (
@@ -34,6 +36,46 @@ def functional(model: keras.Model) -> keras.Model:
     if isinstance(model, keras.Sequential):  # which has no symbolic `output`
         return keras.Model(model.inputs, model.outputs[0])
     return model
+
+
+# Layers that make one step of several, or of all in a window.
+_ACROSS_STEPS = (
+    keras.layers.Conv1D,
+    keras.layers.Conv1DTranspose,
+    keras.layers.SeparableConv1D,
+    keras.layers.DepthwiseConv1D,
+    keras.layers.AveragePooling1D,
+    keras.layers.MaxPooling1D,
+    keras.layers.GlobalAveragePooling1D,
+    keras.layers.GlobalMaxPooling1D,
+    keras.layers.Attention,
+    keras.layers.AdditiveAttention,
+    keras.layers.MultiHeadAttention,
+    keras.layers.GroupQueryAttention,
+)
+
+
+def warn_of_windows(model: keras.Model) -> None:
+    """Warns of layers whose results depend on where a document is cut.
+
+    Args:
+        model: A functional model.
+    """
+    window = ModelInputs(model).window
+    found = [
+        layer.name
+        for layer in _keras.flatten_layers(model)
+        if isinstance(layer, _ACROSS_STEPS)
+        and any(t.shape[1:2] == (window,) for tensors in _keras.calls(layer) for t in tensors)
+        and getattr(layer, "kernel_size", None) != (1,)
+    ]
+    if found:
+        warnings.warn(
+            "These layers look at other steps of a window, so a stream gives the figures of a "
+            f"whole document only if each piece but the last has {window} steps. "
+            f"Received: layers {found} of model {model.name!r}",
+            stacklevel=3,
+        )
 
 
 def at_every_step(model: keras.Model, last_step: bool = False) -> list[bool]:

@@ -19,7 +19,7 @@ from keras_tbptt._inputs import ModelInputs
 from keras_tbptt._requests import grpc_request, serving_extra
 from keras_tbptt._resizing import LOOKUPS
 from keras_tbptt.serving._signatures import signatures
-from keras_tbptt.serving._stream import StreamState, functional
+from keras_tbptt.serving._stream import StreamState, functional, warn_of_windows
 
 
 def export_saved_model(
@@ -124,6 +124,7 @@ def export_saved_model(
         )
     path = pathlib.Path(path)
     model = functional(model)
+    warn_of_windows(model)
     served = tf.Module()
     served.weights = [weight.value for weight in model.weights]
     served.vectorizer = vectorizer

@@ -83,7 +83,7 @@ def export_litert(
     step = FixedStep(model, window, lanes, last_step)
     content = _converted(step, quantization)
     reply = Interpreter(model_content=content).get_signature_runner()
-    check_converted(model, step, reply, quantization or "float32")
+    check_converted(model, step.inputs, step.any_shapes, reply, quantization or "float32")
     return write_whole(pathlib.Path(path), content)
 
 

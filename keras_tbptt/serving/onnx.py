@@ -8,13 +8,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_tbptt._files import write_whole
+from keras_tbptt._inputs import ModelInputs
 from keras_tbptt.serving._agreement import check_converted
 from keras_tbptt.serving._signatures import output_names, signatures
 from keras_tbptt.serving._step import FixedStep
-from keras_tbptt.serving._stream import StreamState, functional
+from keras_tbptt.serving._stream import StreamState, functional, warn_of_windows
 
 _OPSET = 18
 
@@ -61,8 +63,8 @@ def export_onnx(
         ImportError: If the extra `onnx` is not installed.
         ValueError: If one of `window` and `lanes` is given alone or is invalid, the model has no
             stateful layer, two outputs have one name, an output has the name of an input or of
-            `new_state`, ONNX Runtime cannot load the converted model, as with `mixed_bfloat16`, or
-            a converted model of fixed shapes gives other outputs than the model.
+            `new_state`, ONNX Runtime cannot load or run the converted model, as with
+            `mixed_bfloat16`, or the converted model gives other outputs than the model.
         OSError: If the file cannot be written; nothing is left behind then.
 
     Example:
@@ -88,18 +90,29 @@ def export_onnx(
         )
     model = functional(model)
     if window is None:
-        content = _converted(_any_shapes(model, last_step))
-        _runner(content)  # raises an error if no runtime could load the file
-        return write_whole(pathlib.Path(path), content)
-    step = FixedStep(model, window, lanes, last_step)
-    content = _converted(step.function)
-    check_converted(model, step, _runner(content))
+        warn_of_windows(model)
+        stream = signatures(model, None, last_step)["stream"]
+        function = _any_shapes(model, stream, last_step)
+        own = (2, ModelInputs(model).window)
+        inputs = [_of_shape(spec, own) for spec in function.input_signature]
+    else:
+        step = FixedStep(model, window, lanes, last_step)
+        stream, function, inputs = step.any_shapes, step.function, step.inputs
+    content = _converted(function)
+    check_converted(model, inputs, stream, _runner(content))
     return write_whole(pathlib.Path(path), content)
 
 
-def _any_shapes(model: keras.Model, last_step: bool) -> tf.types.experimental.PolymorphicFunction:
+def _of_shape(spec: tf.TensorSpec, sizes: Sequence[int]) -> tf.TensorSpec:
+    """A spec with sizes in the place of unknown ones."""
+    shape = [size or sizes[axis] for axis, size in enumerate(spec.shape)]
+    return tf.TensorSpec(shape, spec.dtype, name=spec.name)
+
+
+def _any_shapes(
+    model: keras.Model, stream: tf.types.experimental.PolymorphicFunction, last_step: bool
+) -> tf.types.experimental.PolymorphicFunction:
     """The model's `stream` signature, with names that ONNX allows."""
-    stream = signatures(model, None, last_step)["stream"]
     given = stream.input_signature
     output_names(model, taken={"new_state", *(spec.name for spec in given)})
     # The width of the state is in the file, for who makes the first one.
@@ -137,7 +150,17 @@ def _runner(content: bytes) -> Callable:
             f"these weights, and export it. Received: {str(error).splitlines()[0]}"
         ) from error
     names = [output.name for output in session.get_outputs()]
-    return lambda **given: dict(zip(names, session.run(names, given), strict=True))
+
+    def run(**given: np.ndarray) -> dict[str, np.ndarray]:
+        try:
+            return dict(zip(names, session.run(names, given), strict=True))
+        except Exception as error:
+            raise ValueError(
+                "ONNX Runtime cannot run the model, so nothing was written: give it fixed shapes, "
+                f"with `window` and `lanes`. Received: {str(error).splitlines()[0]}"
+            ) from error
+
+    return run
 
 
 def _keep_constants(graph: Any, captures: Sequence[tuple[Any, Any]]) -> None:
