@@ -44,14 +44,17 @@ def windows(per_step=False, unknown=False, **kwargs):
     return keras_tbptt.DocumentWindows(documents, labels, **{**arguments, **kwargs})
 
 
-def build(lanes, per_step=False, layer=L.LSTM, l2=None, pooled=False, dropout=0.0, **kwargs):
+def build(
+    lanes, per_step=False, layer=L.LSTM, l2=None, activity=None, pooled=False, dropout=0.0, **kwargs
+):
     tokens = keras.Input(batch_shape=(lanes, WINDOW), dtype="int32")
     x = L.Embedding(50, 4)(tokens)
     x = L.Dropout(dropout, seed=3)(x) if dropout else x
     x = layer(6, stateful=True, return_sequences=per_step or pooled)(x)
     if pooled:
         x = keras_tbptt.layers.ConcatPooling(stateful=True)(x)
-    outputs = L.Dense(1, activation="sigmoid", kernel_regularizer=l2, dtype="float32")(x)
+    regularizers = {"kernel_regularizer": l2, "activity_regularizer": activity}
+    outputs = L.Dense(1, activation="sigmoid", dtype="float32", **regularizers)(x)
     model = keras_tbptt.TBPTTModel(tokens, outputs, **kwargs)
     rng = np.random.default_rng(7)
     model.set_weights([rng.normal(0, 0.3, w.shape).astype("float32") for w in model.get_weights()])
@@ -131,6 +134,7 @@ CASES = {
     "unknown steps, final_only": {
         "window_loss": "final_only", "per_step": True, "data": {"unknown": True, "weights": None}
     },
+    "unknown steps, activity": {"per_step": True, "activity": "l2", "data": {"unknown": True}},
     "reach 2": {"backprop_windows": 2},
     "reach 3, final_only, L2": {"backprop_windows": 3, "window_loss": "final_only", "l2": "l2"},
     "reach all": {"backprop_windows": "all", "data": {"packing": "aligned"}},
