@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import keras
 
@@ -82,6 +83,25 @@ def check_optimizer(model: keras.Model) -> None:
         raise ValueError(
             "Keras would do this on each replica before gradients are summed up: leave it out, or "
             f"train on one device. Received: {', '.join(wrong)}"
+        )
+
+
+def check_metrics(model: keras.Model, y: Any) -> None:
+    """Refuses functions that give one number for a batch, which cannot leave idle rows out.
+
+    Args:
+        model: A `TBPTTModel` whose metrics are built.
+        y: `tf.TensorSpec`s of the targets.
+
+    Raises:
+        ValueError: If a metric is such a function.
+    """
+    scalar = _keras.scalar_metrics(model, y)
+    if scalar:
+        raise ValueError(
+            "A function as a metric must give a number for each row, because rows count by their "
+            "weights: leave out the mean over the batch, or use a keras.metrics.Metric. "
+            f"Received: {scalar}"
         )
 
 

@@ -297,6 +297,30 @@ def build_compiled(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> No
         backend.compute_output_spec(model._compile_metrics.update_state, *batch[1:])
 
 
+def scalar_metrics(model: keras.Model, y: Any) -> list[str]:
+    """The functions among a model's metrics that give one number for a whole batch.
+
+    Args:
+        model: A functional model, compiled with weighted metrics alone.
+        y: `tf.TensorSpec`s of the targets.
+    """
+    compiled = model._compile_metrics
+    if compiled is None or not compiled.built:
+        return []
+    targets = keras.tree.map_structure(_symbolic, y)
+    flat = compiled._flatten_y(targets), compiled._flatten_y(model.output)
+    found = []
+    for metrics, target, output in zip(compiled._flat_weighted_metrics, *flat, strict=False):
+        for metric in metrics.metrics if metrics is not None else []:
+            function = getattr(metric, "_fn", None)
+            if function is None:
+                continue
+            with contextlib.suppress(Exception):  # an eager one may be no graph
+                if backend.compute_output_spec(function, target, output).shape == ():
+                    found.append(metric.name)
+    return found
+
+
 def _symbolic(spec: Any) -> keras.KerasTensor | None:
     if spec is None:
         return None

@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
-from keras_tbptt._compiled import check_compiled, check_optimizer
+from keras_tbptt._compiled import check_compiled, check_metrics, check_optimizer
 from keras_tbptt._replicas import summed_over_replicas
 from keras_tbptt._sampling import SamplesClasses
 from keras_tbptt._steps import build_optimizer, model_scope
@@ -87,6 +87,7 @@ class StepsOnReplicas(SamplesClasses):
                     _keras.build_compiled(self, *batch)
             if learns and self.optimizer is not None:
                 build_optimizer(self)
+        check_metrics(self, batch[1])
 
     def on_replicas(
         self, step: Callable, x: Any, y: Any, weight: Any, share: Any

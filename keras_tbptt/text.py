@@ -56,7 +56,8 @@ def make_vectorizer(
         vocab_size: int. The number of ids, with 0 for padding and 1 for unknown words. Defaults to
             None: every word has an id.
         standardize: As in `keras.layers.TextVectorization`. Defaults to
-            `keras_tbptt.text.standardize`. None keeps the text as it is, for models that generate.
+            `keras_tbptt.text.standardize`. None keeps the text as it is, for models that generate
+            and for characters; the text must then be UTF-8 without the character NUL.
         split: As in `keras.layers.TextVectorization`: `"whitespace"` makes a step of each word,
             `"character"` of each character, line breaks included. Defaults to `"whitespace"`.
 

@@ -4,9 +4,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from toys import VOCAB, random_documents, token_layers, token_model
+from toys import VOCAB, random_documents, random_labels, token_layers, token_model
 
 import keras_tbptt
+from keras_tbptt import DocumentWindows
 from keras_tbptt.metrics import BitsPerStep, Perplexity
 
 
@@ -80,3 +81,22 @@ def test_a_model_that_has_diverged_is_nan_and_no_model_of_logits():
 def test_logits_without_saying_so_are_refused():
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"from_logits=True.*Received"):
         Perplexity().update_state([1], [[0.75, 3.0]])
+
+
+def test_a_function_that_gives_one_number_for_a_batch_is_refused():
+    def of_rows(y, y_pred):
+        return keras.ops.mean(keras.ops.abs(y - y_pred), axis=-1)
+
+    def of_the_batch(y, y_pred):
+        return keras.ops.mean(of_rows(y, y_pred))
+
+    labels = random_labels().astype("float32")
+    windows = DocumentWindows(random_documents(), labels, window=5, lanes=4)
+    model = token_model()
+    model.compile("sgd", "mse", metrics=[of_rows])
+    model.fit(windows, verbose=0)
+    assert np.isfinite(model.evaluate(windows, verbose=0)).all()
+    for call in ("fit", "evaluate"):
+        model.compile("sgd", "mse", metrics=["mae", of_the_batch])
+        with pytest.raises(ValueError, match=r"each row.*Received: \['of_the_batch'\]"):
+            getattr(model, call)(windows, verbose=0)

@@ -19,7 +19,8 @@ LANES, WINDOW = cases.LANES, cases.WINDOW
 
 # `python tests/replicas/cases.py` compares all of them.
 COMPARED = [
-    "linear_gain, L2", "unknown steps, final_only", "unknown steps, activity", "reach 2", "artbp", "rates by layer",
+    "linear_gain, L2", "unknown steps, final_only", "unknown steps, activity", "reach 2", "artbp",
+    "rates by layer",
 ]  # fmt: skip
 
 
