@@ -36,7 +36,7 @@ def check_converted(
     Raises:
         ValueError: If outputs differ by more than rounding.
     """
-    kind = "half" if precision == "float32" and _rounds(model) else precision
+    kind = "half" if precision == "float32" and rounds(model) else precision
     states = [np.zeros(inputs[-2].shape, "float32")] * 2
     for request in _requests(model, inputs):
         of_model = [
@@ -61,8 +61,12 @@ def check_converted(
                 )
 
 
-def _rounds(model: keras.Model) -> bool:
-    """Whether a layer computes with fewer digits than float32 has."""
+def rounds(model: keras.Model) -> bool:
+    """Whether a layer computes with fewer digits than float32 has.
+
+    Args:
+        model: A model.
+    """
     return any(
         getattr(layer, "compute_dtype", None) in ("float16", "bfloat16")
         or getattr(layer, "product_dtype", None) is not None

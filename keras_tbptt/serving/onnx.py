@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from keras_tbptt._files import write_whole
 from keras_tbptt._inputs import ModelInputs
-from keras_tbptt.serving._agreement import check_converted
+from keras_tbptt.serving._agreement import check_converted, rounds
 from keras_tbptt.serving._signatures import output_names, signatures
 from keras_tbptt.serving._step import FixedStep
 from keras_tbptt.serving._stream import StreamState, functional, warn_of_windows
@@ -99,7 +99,7 @@ def export_onnx(
         step = FixedStep(model, window, lanes, last_step)
         stream, function, inputs = step.any_shapes, step.function, step.inputs
     content = _converted(function)
-    check_converted(model, inputs, stream, _runner(content))
+    check_converted(model, inputs, stream, _runner(content, model))
     return write_whole(pathlib.Path(path), content)
 
 
@@ -138,16 +138,18 @@ def _converted(step: tf.types.experimental.PolymorphicFunction) -> bytes:
     return converted.SerializeToString()
 
 
-def _runner(content: bytes) -> Callable:
+def _runner(content: bytes, model: keras.Model) -> Callable:
     """A function that runs the file, from arrays by name to a dict of arrays."""
     import onnxruntime
 
     try:
         session = onnxruntime.InferenceSession(content)
     except Exception as error:
+        remedy = "replace the layer with that operation"
+        if rounds(model):
+            remedy = "build it with the dtype policy float32, give it these weights, and export it"
         raise ValueError(
-            "ONNX Runtime cannot load the model: build it with the dtype policy float32, give it "
-            f"these weights, and export it. Received: {str(error).splitlines()[0]}"
+            f"ONNX Runtime cannot load the model: {remedy}. Received: {str(error).splitlines()[0]}"
         ) from error
     names = [output.name for output in session.get_outputs()]
 
