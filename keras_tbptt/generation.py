@@ -85,8 +85,8 @@ def generate(
         ends.dtype.kind not in "iu" or not 0 <= ends.min() <= ends.max() < generator.classes
     ):
         raise ValueError(
-            f"`stop` must be ids that the model can draw, integers below {generator.classes}; "
-            f"words need `vectorizer`. Received: stop={stop!r}"
+            "`stop` must be ids that the model can draw (words need `vectorizer`), integers "
+            f"below {generator.classes}. Received: stop={ends.tolist()}"
         )
     drawn, counts = generator.compiled(
         ids,
