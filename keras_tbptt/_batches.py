@@ -47,7 +47,7 @@ def errors_of(*given: Any) -> Iterator[None]:
             failure = getattr(source, "failure", None)
             if failure is not None:
                 raise failure from None
-            if isinstance(source, DocumentStream) and "assert_cardinality" in str(error):
+            if isinstance(source, DocumentStream) and "was expected to contain" in str(error):
                 raise ValueError(
                     "The stream does not have the windows that were counted: `parse` or the "
                     "records have changed. Delete the file of `count`, and count again. "

@@ -29,7 +29,8 @@ def resized_copy(
         A model of the same class, not compiled yet, in its initial state.
 
     Raises:
-        ValueError: If a layer is made for this batch shape alone.
+        ValueError: If a layer is made for this batch shape alone, or computes with a function that
+            Keras takes for its own of the same name.
     """
     try:
         copy = _Copier(ModelInputs(model), lanes, window, in_float32).copy(model)
@@ -37,16 +38,17 @@ def resized_copy(
         for old, new in zip(model.weights, copy.weights, strict=True):
             if id(old) not in states:
                 new.assign(old)
-        for old, new in zip(_keras.flatten_layers(model), _keras.flatten_layers(copy), strict=True):
-            if isinstance(new, keras.layers.Normalization):
-                new.finalize_state()  # computes with constants that it makes of its weights
-            _check_functions(old, new)
+        for layer in _keras.flatten_layers(copy):
+            if isinstance(layer, keras.layers.Normalization):
+                layer.finalize_state()  # computes with constants that it makes of its weights
     except Exception as error:
         raise ValueError(
             "A layer of the model is made for one batch shape alone, such as a Reshape: build "
             "the model anew, and give it the weights. "
             f"Received: batch shape {(lanes, window)}, {error}"
         ) from error
+    for old, new in zip(_keras.flatten_layers(model), _keras.flatten_layers(copy), strict=True):
+        _check_functions(old, new)
     return copy
 
 
@@ -56,9 +58,9 @@ def _check_functions(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
         here, there = getattr(old, name, None), getattr(new, name, None)
         if here is not there and not isinstance(here, keras.layers.Layer):
             raise ValueError(
-                "a function that Keras does not know by its name: decorate it with "
-                "@keras.saving.register_keras_serializable(), or give it another name: "
-                f"{name}={here} of layer {old.name!r}"
+                "A copy of the model would use Keras's function of this name: decorate your own "
+                "with @keras.saving.register_keras_serializable(), or rename it. "
+                f"Received: {name}={here} of layer {old.name!r}"
             )
 
 

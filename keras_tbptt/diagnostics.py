@@ -196,7 +196,7 @@ def gradient_reach(
         )
     if ModelInputs(model).named:
         raise ValueError(
-            "The gradient's reach is measured for models of one input, which has no name. "
+            "The gradient's reach is measured for models of one input, not in a dict. "
             f"Received: model {model.name!r} with the inputs {[t.name for t in model.inputs]}"
         )
     window = model.inputs[0].shape[1]

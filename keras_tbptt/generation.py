@@ -80,13 +80,14 @@ def generate(
     if vectorizer is not None:
         prompts, stop = _as_ids(prompts, stop, vectorizer)
     ids, lengths = _checked_prompts(prompts, generator.model)
-    ends = np.asarray(stop).reshape(-1)
-    if ends.size and (
-        ends.dtype.kind not in "iu" or not 0 <= ends.min() <= ends.max() < generator.classes
+    stop_ids = np.asarray(stop).reshape(-1)
+    if stop_ids.size and (
+        stop_ids.dtype.kind not in "iu"
+        or not 0 <= stop_ids.min() <= stop_ids.max() < generator.classes
     ):
         raise ValueError(
             "`stop` must be ids that the model can draw (words need `vectorizer`), integers "
-            f"below {generator.classes}. Received: stop={ends.tolist()}"
+            f"below {generator.classes}. Received: stop={stop_ids.tolist()}"
         )
     drawn, counts = generator.compiled(
         ids,
@@ -95,7 +96,7 @@ def generate(
         tf.constant(temperature, "float32"),
         tf.constant(top_k or 0),
         tf.constant(1.0 if top_p is None else top_p, "float32"),
-        tf.constant(ends, tf.int32),
+        tf.constant(stop_ids, tf.int32),
         tf.constant(excluded),
         tf.constant([0, random.randint(0, 2**31 - 1) if seed is None else seed], "int32"),
     )
@@ -131,7 +132,7 @@ def _check_arguments(steps: Any, temperature: Any, top_k: Any, top_p: Any, seed:
         if not whole or not least <= value < 2**31:
             raise ValueError(f"`{name}` must be an integer >= {least}. Received: {name}={value!r}")
     number = isinstance(temperature, (int, float, np.integer, np.floating))
-    smallest = np.finfo("float32").tiny
+    smallest = np.finfo("float32").tiny  # below it TensorFlow computes with 0
     if not number or not np.isfinite(temperature) or temperature < smallest:
         raise ValueError(
             "`temperature` must be finite and above 0; for the likeliest step at each place give "

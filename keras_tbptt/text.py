@@ -190,7 +190,7 @@ def write_vocabulary(
     return write_whole(pathlib.Path(path), content.encode())
 
 
-def is_of_text(vectorizer: keras.layers.TextVectorization) -> bool:
+def uses_standardize(vectorizer: keras.layers.TextVectorization) -> bool:
     """Whether a vectorizer splits what `standardize` of this module makes of texts.
 
     Args:

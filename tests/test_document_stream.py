@@ -693,3 +693,18 @@ def test_lines_of_spaces_are_blank_however_long(tmp_path, monkeypatch):
     given = DocumentStream(tmp_path / "a.txt", lambda line: list(line.encode()), **SHAPE)
     assert given.count().documents == 3
     assert given.count().steps == len("a b indentedend")
+
+
+def test_counts_that_no_longer_hold_are_named(tmp_path):
+    longest = len(max(DOCUMENTS, key=len))
+
+    def parse(record):
+        return record["ids"][:longest], record["label"]
+
+    shards = [[{"ids": [1, 2], "label": 0}, *RECORDS]]
+    stream(shards, parse=parse).count(tmp_path / "counts.json")
+    longest = 3  # the code of `parse` is the same, and so is the first document
+    shorter = stream(shards, parse=parse)
+    shorter.count(tmp_path / "counts.json")
+    with pytest.raises(ValueError, match=r"count again.*Received: <DocumentStream"):
+        compiled().evaluate(shorter, verbose=0)

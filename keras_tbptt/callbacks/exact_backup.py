@@ -217,6 +217,7 @@ class ExactBackup(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Notes the weights, which the end of training may replace."""
         self._weights = self.model.get_weights()
+        self._training_values = []  # where there was no validation
 
     def on_train_end(self, logs: Any = None) -> None:
         """Saves the end, so that the same `fit` does nothing when it is called again."""

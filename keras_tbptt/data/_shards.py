@@ -10,6 +10,7 @@ import os
 import pathlib
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -157,7 +158,7 @@ class Lines(_File):
             begin_with_space.append(np.isin(part[found], _SPACES))
             at_end = ends[-1]
         self._begins = np.concatenate(begins)
-        self._ends = np.append(self._begins[1:], self._size)
+        self._ends = np.append(self._begins, self._size)[1:]
         maybe = np.flatnonzero(np.concatenate(begin_with_space))
         blank = [i for i in maybe.tolist() if not self._line(i).strip()]
         self._begins = np.delete(self._begins, blank)
@@ -285,8 +286,8 @@ def _listed(given: Any) -> list[Any]:
                 "Each shard must be a file, or a pattern of files, that exists. "
                 f"Received: {str(path)!r}"
             )
-    paths = [shard.resolve() for shard in found if isinstance(shard, pathlib.Path)]
-    twice = sorted({str(path) for path in paths if paths.count(path) > 1})
+    paths = Counter(str(shard.resolve()) for shard in found if isinstance(shard, pathlib.Path))
+    twice = sorted(path for path, count in paths.items() if count > 1)
     if twice:
         raise ValueError(
             "Each shard must be named once, or an epoch would have its documents twice: let "

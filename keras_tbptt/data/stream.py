@@ -247,8 +247,8 @@ class DocumentStream(DescribesStream):
 
         Args:
             cache: Optional path of a JSON file. Counts of these shards, this `parse`, this window
-                and these lanes are taken from it, or written to it. Functions that `parse` calls
-                are not compared: delete the file when they change.
+                and these lanes are taken from it, or written to it. Of `parse` its own code is
+                compared: delete the file when a function that it calls has changed.
 
         Returns:
             `Counts`, also in the attribute `counts`.

@@ -13,7 +13,7 @@ from keras_tbptt._batches import embeddings_of_ids
 from keras_tbptt._inputs import ModelInputs, check_order
 from keras_tbptt.serving._generation import Generator, excluded_ids
 from keras_tbptt.serving._stream import DocumentRunner, StreamState, at_every_step
-from keras_tbptt.text import WORDLESS, check_ragged, is_of_text, separator_of, standardize
+from keras_tbptt.text import WORDLESS, check_ragged, separator_of, standardize, uses_standardize
 
 _TEXT = tf.TensorSpec([None], tf.string, name="text")
 _LENGTHS = tf.TensorSpec([None], tf.int32, name="lengths")
@@ -116,7 +116,7 @@ class _Served:
         }
         # What `keras_tbptt.text.standardize` makes of a text without a word.
         self._adds_a_word = vectorizer is not None and len(vectorizer([""])[0]) > 0
-        self._own_words = self._adds_a_word and is_of_text(vectorizer)
+        self._knows_wordless = self._adds_a_word and uses_standardize(vectorizer)
 
     def tokens(self, *given: tf.Tensor) -> dict[str, tf.Tensor]:
         """Whole documents of ids or features: inputs and lengths."""
@@ -150,7 +150,7 @@ class _Served:
         ids = self._vectorizer(text)
         lengths = tf.cast(ids.row_lengths(), "int32")
         if self._adds_a_word:
-            wordless = standardize(text) == WORDLESS if self._own_words else text == ""
+            wordless = standardize(text) == WORDLESS if self._knows_wordless else text == ""
             lengths = tf.where(wordless, 0, lengths)
         inputs = self._with_static(ids.to_tensor(), static, lengths)
         return self._go_on(inputs, lengths, state, start)
@@ -311,6 +311,7 @@ def _spec(name: str, form: ModelInputs) -> tf.TensorSpec:
 def _check_vocabulary(
     vectorizer: keras.layers.TextVectorization, model: keras.Model, form: ModelInputs
 ) -> None:
+    """Refuses words that the model has no row for, and text for a model of features."""
     [tensor] = form.steps.values()
     words = vectorizer.vocabulary_size()
     rows = [layer.input_dim for layer in embeddings_of_ids(model, [tensor])]

@@ -153,7 +153,7 @@ def export_saved_model(
             _write_warmup(partial, warmup)
         partial.chmod(0o755)
         final = _publish(partial, path, version)
-    if keep is not None:
+    if keep is not None:  # a version that was asked for stays, however old its number
         _delete(path, [v for v in _versions(path)[:-keep] if v != version])
     return final
 

@@ -94,7 +94,7 @@ def export_onnx(
         stream = signatures(model, None, last_step)["stream"]
         function = _any_shapes(model, stream, last_step)
         own = (2, ModelInputs(model).window)
-        inputs = [_of_shape(spec, own) for spec in function.input_signature]
+        inputs = [_sized(spec, own) for spec in function.input_signature]
     else:
         step = FixedStep(model, window, lanes, last_step)
         stream, function, inputs = step.any_shapes, step.function, step.inputs
@@ -103,7 +103,7 @@ def export_onnx(
     return write_whole(pathlib.Path(path), content)
 
 
-def _of_shape(spec: tf.TensorSpec, sizes: Sequence[int]) -> tf.TensorSpec:
+def _sized(spec: tf.TensorSpec, sizes: Sequence[int]) -> tf.TensorSpec:
     """A spec with sizes in the place of unknown ones."""
     shape = [size or sizes[axis] for axis, size in enumerate(spec.shape)]
     return tf.TensorSpec(shape, spec.dtype, name=spec.name)
