@@ -101,6 +101,24 @@ def colour_of(setting: str) -> str:
     return EXACT if exact else COLOURS[loss]
 
 
+def line_in_range(axes: Any, x: Sequence[float], runs: np.ndarray, colour: str) -> float:
+    """Draws a line through the means of runs, in a band from the least to the most.
+
+    Args:
+        axes: The axes.
+        x: `[N]`. The place of each point.
+        runs: float `[N, R]`. The figures of the `R` runs at each point.
+        colour: The colour.
+
+    Returns:
+        The height of the line at its end.
+    """
+    means = runs.mean(axis=1)
+    axes.plot(x, means, "o-", color=colour)
+    axes.fill_between(x, runs.min(axis=1), runs.max(axis=1), color=colour, alpha=0.2, linewidth=0)
+    return float(means[-1])
+
+
 def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Writes the name of each line beside its end, in its colour, without overlap.
 

@@ -248,15 +248,13 @@ def _draw_lines(
     lines: dict[str, int],
     setting: Callable[[int, int], Setting],
 ) -> None:
-    """A line for each name, through the means over seeds, in a band from the least to the most."""
+    """A line for each name, in the range of its seeds."""
     ends = []
     colours = itertools.cycle((figures.MAIN, figures.OTHER, figures.THIRD))
     for (name, value), colour in zip(lines.items(), colours, strict=False):
         found = np.array([accuracies(rows, setting(number, value)) for number in numbers])
-        mean = found.mean(axis=1)
-        axes.plot(numbers, mean, "o-", color=colour)
-        axes.fill_between(numbers, found.min(axis=1), found.max(axis=1), color=colour, alpha=0.2)
-        ends.append((numbers[-1], float(mean[-1]), name, colour))
+        end = figures.line_in_range(axes, numbers, found, colour)
+        ends.append((numbers[-1], end, name, colour))
     figures.label_ends(axes, ends)
 
 

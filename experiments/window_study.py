@@ -166,34 +166,37 @@ def print_closing_table(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Draws the test accuracy by window, with a line for each window loss.
+    """Draws the test accuracy by window, with a line for each window loss, and the range of seeds.
 
     Args:
         rows: A dict for each cell, as in `results.json`.
         path: The PNG file.
     """
     accuracy = {
-        key: float(np.mean([run["test_accuracy"] for run in runs]))
+        key: np.array([run["test_accuracy"] for run in runs])
         for key, runs in by_setting(rows).items()
     }
     widths = sorted({int(window) for window, *_ in accuracy if window != "full"})
     with figures.figure(path, height=3.3) as axes:
         ends = []
         for loss in WINDOW_LOSSES:
-            points = [(w, accuracy.get((str(w), loss, _own_reach(loss)))) for w in widths]
-            points = [point for point in points if point[1] is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), "o-", color=figures.colour_of(loss))
-                ends.append((*points[-1], loss, figures.colour_of(loss)))
-        for (window, loss, reach), value in accuracy.items():
+            colour, own = figures.colour_of(loss), _own_reach(loss)
+            found = {w: accuracy[key] for w in widths if (key := (str(w), loss, own)) in accuracy}
+            if found:
+                end = figures.line_in_range(axes, [*found], np.stack([*found.values()]), colour)
+                ends.append((max(found), end, loss, colour))
+        for (window, loss, reach), values in accuracy.items():
+            mean = values.mean()
             if window == "full":
-                axes.axhline(value, color=figures.EXACT, linewidth=1, linestyle="--")
-                ends.append((max(widths, default=1), value, "full BPTT", figures.EXACT))
+                axes.axhline(mean, color=figures.EXACT, linewidth=1, linestyle="--")
+                ends.append((max(widths, default=1), mean, "full BPTT", figures.EXACT))
             elif reach != _own_reach(loss):
                 name = f"{loss}, reach {reach}"
-                axes.plot([int(window)], [value], "D", color=figures.colour_of(name))
-                axes.annotate(name, (int(window), value), (-5, -12), textcoords="offset points",
-                              color=figures.colour_of(name), ha="right")  # fmt: skip
+                colour = figures.colour_of(name)
+                around = [[mean - values.min()], [values.max() - mean]]
+                axes.errorbar([int(window)], [mean], around, fmt="D", color=colour)
+                axes.annotate(name, (int(window), mean), (-5, -12), textcoords="offset points",
+                              color=colour, ha="right")  # fmt: skip
         axes.set(xscale="log", xlabel="window K, words", title="test accuracy")
         axes.set_xticks(widths, [str(width) for width in widths])
         axes.minorticks_off()
