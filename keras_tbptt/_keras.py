@@ -90,28 +90,6 @@ def producer(tensor: keras.KerasTensor) -> Any:
     return tensor._keras_history.operation
 
 
-def constants(model: keras.Model) -> list[Any]:
-    """The tensors that the graph of a model holds as constants: those of `Normalization`.
-
-    Keras makes new ones in `adapt` and when weights are loaded, and a graph keeps the old ones.
-
-    Args:
-        model: A built model.
-    """
-    layers = [one for one in flatten_layers(model) if isinstance(one, keras.layers.Normalization)]
-    return [value for layer in layers for value in (layer.mean, layer.variance)]
-
-
-def are_same(some: list[Any], others: list[Any]) -> bool:
-    """Whether two lists have the same objects.
-
-    Args:
-        some: Objects.
-        others: Objects.
-    """
-    return len(some) == len(others) and all(map(operator.is_, some, others))
-
-
 def seeds_by_layer(model: keras.Model) -> list[keras.Variable]:
     """The states of random generators in the order of files that version 0.1 saved.
 

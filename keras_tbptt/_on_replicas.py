@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
 from keras_tbptt._compiled import check_compiled, check_metrics, check_optimizer
+from keras_tbptt._graphs import are_same, constants
 from keras_tbptt._replicas import summed_over_replicas
 from keras_tbptt._sampling import SamplesClasses
 from keras_tbptt._steps import build_optimizer, model_scope
@@ -159,9 +160,9 @@ class StepsOnReplicas(SamplesClasses):
 
     def _has_new_constants(self, what: str) -> bool:
         """Whether the graph that was made last holds constants that layers have replaced."""
-        now = _keras.constants(self)
+        now = constants(self)
         before, self._constants[what] = self._constants.get(what, now), now
-        return not _keras.are_same(now, before)
+        return not are_same(now, before)
 
     def _until_all_end(self, iterator: Any) -> Iterator:
         """The batches of an evaluation, until no worker has a document left."""

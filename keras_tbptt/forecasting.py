@@ -9,8 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tbptt import _keras
 from keras_tbptt._batches import check_windows, embeddings_of_ids
+from keras_tbptt._graphs import kept_with
 from keras_tbptt._inputs import ModelInputs
 from keras_tbptt._tensors import has_time_axis
 from keras_tbptt.data._documents import as_array, check_values, read_dataset
@@ -249,16 +249,7 @@ def _with_only(found: tuple[Any, list[tf.Tensor]]) -> tuple[tf.Tensor, list[tf.T
 
 
 def _forecaster_of(model: keras.Model, target: str | None) -> _Forecaster:
-    """The forecaster of a model, made once, because its graph takes seconds to compile."""
-    constants = _keras.constants(model)
-    found, before = getattr(model, "_tbptt_forecasters", ({}, []))
-    if not _keras.are_same(constants, before):
-        found = {}
-    if target not in found:
-        found = {**found, target: _Forecaster(model, target)}
-        # Past Keras's attribute tracking: this is no part of the model.
-        object.__setattr__(model, "_tbptt_forecasters", (found, constants))
-    return found[target]
+    return kept_with(model, ("forecaster", target), lambda: _Forecaster(model, target))
 
 
 def _in_order(steps: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[Any]:

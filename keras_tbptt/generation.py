@@ -10,8 +10,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tbptt import _keras, text
+from keras_tbptt import text
 from keras_tbptt._batches import check_windows
+from keras_tbptt._graphs import kept_with
 from keras_tbptt.data._documents import check_values, flatten
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.serving._generation import Generator, excluded_ids
@@ -114,14 +115,7 @@ class _CompiledGenerator(Generator):
 
 
 def _generator_of(model: keras.Model) -> _CompiledGenerator:
-    """The generator of a model, made once, because its graph takes seconds to compile."""
-    constants = _keras.constants(model)
-    found, before = getattr(model, "_tbptt_generator", (None, []))
-    if found is None or not _keras.are_same(constants, before):
-        found = _CompiledGenerator(functional(model))
-        # Past Keras's attribute tracking: this is no part of the model.
-        object.__setattr__(model, "_tbptt_generator", (found, constants))
-    return found
+    return kept_with(model, "generator", lambda: _CompiledGenerator(functional(model)))
 
 
 def _check_arguments(steps: Any, temperature: Any, top_k: Any, top_p: Any, seed: Any) -> None:

@@ -6,7 +6,6 @@ import base64
 import functools
 import json
 import marshal
-import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_tbptt._code import parts_of
 from keras_tbptt._keras import unwrapped
 from keras_tbptt.data._source import WindowSource
 
@@ -174,15 +174,7 @@ def _renamed(value: Any, places: Mapping[str, str]) -> Any:
 
 def _code(text: str, *bound: Any) -> list[Any]:
     """A lambda that Keras has dumped, without the file and the lines that it stands in."""
-
-    def parts(code: types.CodeType) -> list[Any]:
-        constants = [
-            parts(value) if isinstance(value, types.CodeType) else repr(value)
-            for value in code.co_consts
-        ]
-        return [code.co_code.hex(), *code.co_names, *constants]
-
-    return [parts(marshal.loads(base64.b64decode(text))), *bound]
+    return [parts_of(marshal.loads(base64.b64decode(text))), *bound]
 
 
 def _is_object(value: Any) -> bool:

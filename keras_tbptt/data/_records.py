@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
+from keras_tbptt._code import parts_of
 from keras_tbptt.data import _documents as forms
 from keras_tbptt.data._shards import RecordError, Shards, _shown
 
@@ -359,18 +359,13 @@ class Records:
     def code_of_parse(self) -> str:
         """SHA-256 of the code of `parse`, in hexadecimal; "" where Python does not show it."""
         code = getattr(self._parse, "__code__", None)
-        return "" if code is None else hashlib.sha256(repr(_parts(code)).encode()).hexdigest()
+        return "" if code is None else hashlib.sha256(repr(parts_of(code)).encode()).hexdigest()
 
     @property
     def fillers(self) -> dict[str, np.ndarray]:
         """For each input, a step that is no padding."""
         steps = self._first_parsed.steps
         return {name: array[forms.first_nonzero(array, 0)] for name, array in steps.items()}
-
-
-def _parts(code: types.CodeType) -> list[Any]:
-    constants = [_parts(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
-    return [code.co_code.hex(), code.co_names, constants]
 
 
 def _split(parsed: Any) -> tuple[Any, Any, Any]:
