@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import tensorflow as tf
 from absl import logging
 
 from experiments.generated import write_reviews
@@ -161,33 +160,36 @@ def _load_imdb_reviews(data_dir: str | None, splits: Sequence[str]) -> list[Spli
     import tensorflow_datasets as tfds
 
     where = os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR)
-    read = functools.partial(
-        tfds.load,
-        "imdb_reviews",
-        split=list(splits),
-        as_supervised=True,
-        data_dir=data_dir,
-    )
     try:
-        try:
-            found = read(download=False)
-        except AssertionError:  # what tfds raises if the data set is not on disk
+        builder = tfds.builder("imdb_reviews", data_dir=data_dir)
+        if not builder.is_prepared():
             if not list(Path(where).glob(f"downloads/**/*{_ARCHIVE}*")):
                 # Without a network, tfds would try for minutes and leave directories behind.
                 urllib.request.urlopen(urllib.request.Request(_URL, method="HEAD"), timeout=10)
-            found = read(download=True)
+            builder.download_and_prepare()
+        return [_read(builder.info.splits[split].filepaths) for split in splits]
     except Exception as error:
         raise DataUnavailableError(
             "The data set imdb_reviews can be neither loaded nor downloaded: prepare it with "
             f"tensorflow-datasets in {where}, give a directory that has it with --data_dir, or run "
             f"with --data generated. Received: {first_line(error)}"
         ) from error
-    return [_to_split(dataset) for dataset in found]
 
 
-def _to_split(dataset: Any) -> Split:
-    texts, labels = zip(*dataset.batch(1024).as_numpy_iterator(), strict=True)
-    return Split(np.concatenate(texts), np.concatenate(labels).astype("int32"))
+def _read(files: Sequence[os.PathLike]) -> Split:
+    """The reviews of a split, many at once: `tfds.load` reads one at a time, in 15 times the time.
+
+    Args:
+        files: The TFRecord files that tensorflow-datasets has prepared.
+    """
+    form = {
+        "text": tf.io.FixedLenFeature([], "string"),
+        "label": tf.io.FixedLenFeature([], "int64"),
+    }
+    records = tf.data.TFRecordDataset([os.fspath(file) for file in files]).batch(1024)
+    parts = list(records.map(lambda some: tf.io.parse_example(some, form)).as_numpy_iterator())
+    texts, labels = (np.concatenate([part[name] for part in parts]) for name in form)
+    return Split(texts, labels.astype("int32"))
 
 
 def first_line(error: Exception) -> str:

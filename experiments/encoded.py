@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import io
@@ -21,8 +22,7 @@ from experiments import data
 from keras_tbptt import text
 from keras_tbptt._files import write_whole
 
-SPLITS = ("train", "valid", "test")
-TEXT_SPLITS = ("train", "valid")
+SPLITS = ("train", "valid")
 _PACKAGES = ("keras", "tensorflow", "tensorflow-datasets")
 
 
@@ -53,7 +53,7 @@ def load(
     vocabulary: int | keras.layers.TextVectorization,
     cache_dir: str,
 ) -> Encoded:
-    """Loads a corpus and turns its texts into ids, unless an earlier run has.
+    """Loads a corpus, but for its test, and turns its texts into ids, unless an earlier run has.
 
     What is kept belongs to the files of the data set, by name, size and time of change, to all
     arguments, to the code that reads and splits texts, and to the versions of the packages. A file
@@ -82,14 +82,41 @@ def load(
         vectorizer = vocabulary
         if isinstance(vectorizer, int):
             vectorizer = text.make_vectorizer(corpus.train.texts, vectorizer)
-        parts = {each: getattr(corpus, each) for each in SPLITS}
-        splits = {
-            each: _documents(vectorizer, part.texts, part.labels) for each, part in parts.items()
-        }
+        splits = {each: _labelled(vectorizer, getattr(corpus, each)) for each in SPLITS}
         return Encoded(corpus.name, vectorizer, splits)
 
     known = vocabulary if isinstance(vocabulary, int) else _described(vocabulary)
     return _kept_or_made(name, data_dir, cache_dir, [limit, valid, seed, known], SPLITS, make)
+
+
+def load_test(
+    corpus: Encoded, data_dir: str | None, limit: int | None, seed: int, cache_dir: str
+) -> Documents:
+    """Loads the test of a corpus, in its words: training need not wait for it.
+
+    Args:
+        corpus: The corpus.
+        data_dir: As in `load`.
+        limit: As in `load`.
+        seed: As in `load`.
+        cache_dir: As in `load`.
+
+    Returns:
+        The documents.
+
+    Raises:
+        DataUnavailableError: As `load`.
+        ValueError: As `load`.
+    """
+
+    def make() -> Encoded:
+        test = data.load(corpus.name, data_dir, limit, 0.5, seed).test
+        return dataclasses.replace(corpus, splits={"test": _labelled(corpus.vectorizer, test)})
+
+    # Real reviews are the same for every seed.
+    arguments = ["test", limit, _described(corpus.vectorizer)]
+    made = _kept_or_made(corpus.name, data_dir, cache_dir, arguments, ["test"], make)
+    return made.splits["test"]
 
 
 def fewer_labels(corpus: Encoded, labels: int, valid: float, seed: int) -> Encoded:
@@ -102,12 +129,12 @@ def fewer_labels(corpus: Encoded, labels: int, valid: float, seed: int) -> Encod
         seed: The seed that chooses them. Those of fewer labels are among those of more.
 
     Returns:
-        The corpus, with all documents of the split `"test"`.
+        The corpus with fewer documents.
 
     Raises:
         ValueError: If there are fewer documents, or fewer than two are asked for.
     """
-    there = {name: len(corpus.splits[name].offsets) - 1 for name in ("train", "valid")}
+    there = {name: len(corpus.splits[name].offsets) - 1 for name in SPLITS}
     kept = min(max(1, round(valid * labels)), labels - 1)
     wanted = {"train": labels - kept, "valid": kept}
     if labels < 2 or any(wanted[name] > there[name] for name in there):
@@ -115,11 +142,12 @@ def fewer_labels(corpus: Encoded, labels: int, valid: float, seed: int) -> Encod
             f"The labels of at least 2 and at most {sum(there.values())} reviews can be used. "
             f"Received: labels={labels}"
         )
-    splits = dict(corpus.splits)
+    splits = {}
     for name, count in wanted.items():
         order = np.random.default_rng(seed).permutation(there[name])
-        splits[name] = _take(splits[name], np.isin(np.arange(there[name]), order[:count]))
-    return Encoded(corpus.name, corpus.vectorizer, splits)
+        chosen = np.isin(np.arange(there[name]), order[:count])
+        splits[name] = _take(corpus.splits[name], chosen)
+    return dataclasses.replace(corpus, splits=splits)
 
 
 def load_texts(
@@ -155,19 +183,21 @@ def load_texts(
     def make() -> Encoded:
         texts = data.load_texts(name, data_dir, limit, held_out, seed)
         vectorizer = text.make_vectorizer(texts.train, vocab_size)
-        splits = {each: _documents(vectorizer, getattr(texts, each)) for each in TEXT_SPLITS}
+        splits = {each: _documents(vectorizer, getattr(texts, each)) for each in SPLITS}
         return Encoded(texts.name, vectorizer, {n: _with_next(d) for n, d in splits.items()})
 
     # Real reviews are the same for every seed.
     arguments = ["texts", limit, held_out, vocab_size]
-    return _kept_or_made(name, data_dir, cache_dir, arguments, TEXT_SPLITS, make)
+    return _kept_or_made(name, data_dir, cache_dir, arguments, SPLITS, make)
 
 
-def _documents(
-    vectorizer: keras.layers.TextVectorization, texts: np.ndarray, labels: np.ndarray | None = None
-) -> Documents:
+def _documents(vectorizer: keras.layers.TextVectorization, texts: np.ndarray) -> Documents:
     ids = text.encode(vectorizer, texts)
-    return Documents(ids.flat_values.numpy(), ids.row_splits.numpy(), labels)
+    return Documents(ids.flat_values.numpy(), ids.row_splits.numpy())
+
+
+def _labelled(vectorizer: keras.layers.TextVectorization, split: data.Split) -> Documents:
+    return dataclasses.replace(_documents(vectorizer, split.texts), labels=split.labels)
 
 
 def _take(documents: Documents, kept: np.ndarray) -> Documents:
@@ -251,7 +281,7 @@ def _read(path: Path, names: Sequence[str]) -> Encoded:
             name: Documents(
                 arrays[f"{name}_ids"],
                 arrays[f"{name}_offsets"],
-                arrays[f"{name}_labels"] if names == SPLITS else None,
+                arrays.get(f"{name}_labels"),
             )
             for name in names
         }

@@ -176,6 +176,8 @@ def check_same_encoder(found: encoder.Encoder, directory: runner.RunDirectory) -
 def load_corpus(pretrained: encoder.Encoder | None) -> encoded.Encoded:
     """The reviews as ids of the words of an encoder or, from scratch, of the training reviews.
 
+    Those of the test are not read yet.
+
     Args:
         pretrained: The encoder, if there is one.
 
@@ -202,6 +204,21 @@ def load_corpus(pretrained: encoder.Encoder | None) -> encoded.Encoded:
             f"Received: {corpus.name}; the encoder has {pretrained.about['dataset']}"
         )
     return corpus
+
+
+def load_test(corpus: encoded.Encoded) -> encoded.Documents:
+    """The test of the reviews.
+
+    Args:
+        corpus: From `load_corpus`.
+
+    Raises:
+        RunError: If it cannot be had.
+    """
+    try:
+        return encoded.load_test(corpus, FLAGS.data_dir, FLAGS.limit, FLAGS.seed, FLAGS.cache_dir)
+    except (data.DataUnavailableError, ValueError) as error:
+        raise runner.RunError(str(error)) from error
 
 
 def transfer(found: encoder.Encoder, model: keras_tbptt.TBPTTModel) -> None:

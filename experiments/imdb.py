@@ -18,6 +18,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -153,11 +154,13 @@ def build_model(vocabulary: int, replicas: int, precision: str) -> keras_tbptt.T
     )
 
 
-def windows_of(corpus: encoded.Encoded, packing: str) -> dict[str, keras_tbptt.DocumentWindows]:
-    """The windows of all splits.
+def windows_of(
+    splits: Mapping[str, encoded.Documents], packing: str
+) -> dict[str, keras_tbptt.DocumentWindows]:
+    """The windows of splits.
 
     Args:
-        corpus: The reviews as ids.
+        splits: The reviews as ids, by the name of the split.
         packing: str. How training reviews share lanes.
     """
     return {
@@ -171,7 +174,7 @@ def windows_of(corpus: encoded.Encoded, packing: str) -> dict[str, keras_tbptt.D
             shuffle=name == "train",
             seed=FLAGS.seed,
         )
-        for name, split in corpus.splits.items()
+        for name, split in splits.items()
     }
 
 
@@ -206,8 +209,8 @@ def main() -> None:
         finetune.transfer(pretrained, model)
     together = FLAGS.window_loss in FINAL_LOSSES or model.backprop_windows == "all"
     packing = FLAGS.packing or ("aligned" if together else "packed")
-    windows = windows_of(corpus, packing)
-    train, valid, test = windows.values()
+    windows = windows_of(corpus.splits, packing)
+    train, valid = windows.values()
 
     steps = FLAGS.epochs * model.optimizer_steps(train)
     make = functools.partial(OPTIMIZERS[FLAGS.optimizer], clipnorm=1.0)
@@ -226,7 +229,8 @@ def main() -> None:
         callbacks=runner.keras_callbacks(directory, train, epochs),
         verbose="auto" if first else 0,
     )
-    test_loss, test_accuracy = model.evaluate(test, verbose=0)
+    windows |= windows_of({"test": finetune.load_test(corpus)}, packing)
+    test_loss, test_accuracy = model.evaluate(windows["test"], verbose=0)
     if not first:
         return
     if model.replicas.count > 1:

@@ -67,7 +67,8 @@ def make_vectorizer(
         ids are sorted by falling frequency.
 
     Raises:
-        ValueError: If there are no texts, or one is neither str nor bytes.
+        ValueError: If there are no texts, or one is neither str nor bytes, or `standardize` is None
+            and one is not UTF-8 or has a NUL.
 
     Example:
 
@@ -77,7 +78,9 @@ def make_vectorizer(
     ```
     """
 
-    def make(vocabulary: Sequence[str] | None) -> keras.layers.TextVectorization:
+    def make(
+        standardize: Callable | str | None, vocabulary: Sequence[str] | None = None
+    ) -> keras.layers.TextVectorization:
         return keras.layers.TextVectorization(
             max_tokens=vocab_size,
             standardize=standardize,
@@ -87,11 +90,18 @@ def make_vectorizer(
             name="vectorizer",
         )
 
-    adapted = make(None)
-    adapted.adapt(tf.data.Dataset.from_tensor_slices(_as_bytes(texts)).batch(_BATCH))
+    encoded = _as_bytes(texts)
+    if standardize is None:
+        _check_utf8(encoded)
+    batches = tf.data.Dataset.from_tensor_slices(encoded).batch(_BATCH)
+    if callable(standardize):  # by the other cores: `adapt` uses one
+        batches = batches.map(standardize, num_parallel_calls=tf.data.AUTOTUNE)
+    adapted = make(None if callable(standardize) else standardize)
+    adapted.adapt(batches)
     # A vocabulary that was learnt is saved as lines, where a line break would be lost. A vocabulary
     # that was given is saved in the configuration.
-    return make([str(word) for word in adapted.get_vocabulary(include_special_tokens=False)])
+    words = adapted.get_vocabulary(include_special_tokens=False)
+    return make(standardize, [str(word) for word in words])
 
 
 def encode(
@@ -247,3 +257,19 @@ def _as_bytes(texts: Any) -> np.ndarray:
     # A lone surrogate is not UTF-8. It is replaced later on, as other such bytes are.
     result[:] = [t.encode("utf-8", "surrogatepass") if isinstance(t, str) else t for t in array]
     return result
+
+
+def _check_utf8(texts: np.ndarray) -> None:
+    """Raises an error for a text that would reach the vocabulary as words that cannot be saved."""
+    for i, text in enumerate(texts):
+        try:
+            valid = "\0" not in text.decode()
+        except UnicodeDecodeError:
+            valid = False
+        if not valid:
+            shown = text if len(text) <= 70 else text[:67] + b"..."
+            raise ValueError(
+                "With `standardize=None` every text must be UTF-8 without the character NUL: "
+                "decode it with its own encoding, or give a function that replaces other bytes. "
+                f"Received: texts[{i}]={shown!r}"
+            )

@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from toys import prepare_reviews
 
 from experiments import data
 from experiments.generated import write_reviews
@@ -28,6 +30,18 @@ def test_the_parts_of_a_corpus_do_not_overlap():
     parts = [set(split.texts) for split in (corpus.train, corpus.valid, corpus.test)]
     assert [len(part) for part in parts] == [80, 20, 100]
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+
+
+def test_prepared_reviews_are_read_as_tfds_reads_them(tmp_path):
+    prepare_reviews(tmp_path, 1_100)
+    ours = data._load_imdb_reviews(str(tmp_path), ["train", "test"])
+    theirs = tfds.load(
+        "imdb_reviews", split=["train", "test"], as_supervised=True, data_dir=tmp_path
+    )
+    for split, dataset in zip(ours, theirs, strict=True):
+        texts, labels = zip(*dataset.as_numpy_iterator(), strict=True)
+        assert split.texts.tolist() == [*texts]
+        np.testing.assert_array_equal(split.labels, np.array(labels, "int32"), strict=True)
 
 
 def test_auto_says_when_the_real_reviews_cannot_be_had(monkeypatch, caplog):

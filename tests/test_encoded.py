@@ -28,13 +28,13 @@ def prepared(tmp_path, monkeypatch):
     return folder, calls
 
 
-def load(folder, cache_dir, name="auto", vocab_size=20):
-    return encoded.load(name, str(folder.parents[2]), None, 0.1, 0, vocab_size, str(cache_dir))
+def load(folder, cache_dir, name="auto", vocab_size=20, seed=0):
+    return encoded.load(name, str(folder.parents[2]), None, 0.1, seed, vocab_size, str(cache_dir))
 
 
-def assert_same(one, other, splits=encoded.SPLITS):
+def assert_same(one, other):
     assert one.name == other.name
-    for split in splits:
+    for split in encoded.SPLITS:
         for name, array in vars(one.splits[split]).items():
             np.testing.assert_array_equal(array, getattr(other.splits[split], name), strict=True)
     np.testing.assert_array_equal(
@@ -48,7 +48,23 @@ def test_texts_are_read_once(prepared, tmp_path):
     first, second = (load(folder, tmp_path / "cache") for _ in range(2))
     assert len(calls) == 1
     assert_same(first, second)
-    assert first.splits["test"].offsets.tolist() == [0, 1, 5]
+    assert first.splits["valid"].offsets.tolist() == [0, 3]
+
+
+def test_the_test_is_read_apart_and_once(prepared, tmp_path):
+    folder, calls = prepared
+    corpora = [load(folder, tmp_path / "cache", seed=seed) for seed in (0, 1)]
+    assert len(calls) == 2
+    arguments = str(folder.parents[2]), None
+    first, second = (
+        encoded.load_test(corpus, *arguments, seed, str(tmp_path / "cache"))
+        for seed, corpus in enumerate(corpora)
+    )
+    assert len(calls) == 3  # both seeds have the same words here
+    np.testing.assert_array_equal(first.ids, text.encode(corpora[0].vectorizer, TEXTS[1:3]).values)
+    for name, array in vars(first).items():
+        np.testing.assert_array_equal(array, getattr(second, name), strict=True)
+    assert first.labels.tolist() == [0, 0] and first.offsets.tolist() == [0, 1, 5]
 
 
 def test_what_is_kept_belongs_to_files_and_arguments(prepared, tmp_path):
@@ -91,7 +107,7 @@ def test_texts_of_a_language_model_have_no_labels_and_two_words(tmp_path, monkey
         encoded.load_texts(*arguments, 2, seed, 50, str(tmp_path / "cache")) for seed in (0, 1)
     )
     assert asked == ["train", "unsupervised"]  # no test, and no second time for another seed
-    assert_same(first, second, encoded.TEXT_SPLITS)
+    assert_same(first, second)
     lengths = {name: np.diff(split.offsets).tolist() for name, split in first.splits.items()}
     assert lengths == {"train": [3, 4, 5, 2, 2, 2, 2], "valid": [2, 2]}
     words = first.vectorizer.get_vocabulary()
@@ -128,10 +144,10 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(prepared, tmp_path):
     assert load(folder, tmp_path / "cache").splits["train"].labels.tolist() == [1, 0, 0, 1]
 
 
-def test_fewer_labels_leave_whole_documents_and_all_of_the_test():
+def test_fewer_labels_leave_whole_documents():
     rng = np.random.default_rng(0)
     splits = {}
-    for name, count in {"train": 90, "valid": 10, "test": 7}.items():
+    for name, count in {"train": 90, "valid": 10}.items():
         lengths = rng.integers(0, 5, count)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         # Each id and label says whose it is.
@@ -142,7 +158,6 @@ def test_fewer_labels_leave_whole_documents_and_all_of_the_test():
 
     def chosen(labels, seed=0):
         fewer = encoded.fewer_labels(corpus, labels, 0.1, seed).splits
-        assert fewer["test"] is splits["test"]
         for name in ("train", "valid"):
             found, rows = fewer[name], fewer[name].labels
             lengths = np.diff(splits[name].offsets)[rows]

@@ -159,3 +159,10 @@ def test_words_are_decoded_with_spaces():
     assert decode(vectorizer, [2, 0, 0]) == "The"
     with pytest.raises(ValueError, match=r"has 4\. Received: ids from 2 to 4"):
         decode(vectorizer, [2, 4])
+
+
+@pytest.mark.parametrize("wrong", [b"caf\xe9", "a\0b", "a \ud800"])
+@pytest.mark.parametrize("split", ["whitespace", "character"])
+def test_without_standardization_a_text_that_is_no_utf8_is_an_error(wrong, split):
+    with pytest.raises(ValueError, match=r"must be UTF-8 .* Received: texts\[1\]="):
+        make_vectorizer(["a caf\u00e9", wrong], standardize=None, split=split)

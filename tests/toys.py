@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import tensorflow as tf
 from hypothesis import strategies as st
 
 import keras_tbptt
@@ -94,3 +95,31 @@ class CountingCell(keras.layers.Layer):
 def counting_model(lanes, window, cls=keras.Model):
     steps = keras.Input(batch_shape=(lanes, window, 1))
     return cls(steps, keras.layers.RNN(CountingCell(), stateful=True)(steps))
+
+
+def prepare_reviews(directory, count):
+    """Prepares `imdb_reviews` for tensorflow-datasets, with few and short reviews.
+
+    Args:
+        directory: The `data_dir` of tensorflow-datasets.
+        count: int. Reviews of each split.
+    """
+    import tensorflow_datasets as tfds
+
+    rng = np.random.default_rng(0)
+    words = np.array(["good", "bad", "film", "a", "the", "not"])
+    splits = {}
+    for name in ("train", "test"):
+        texts = [" ".join(rng.choice(words, rng.integers(1, 40))) for _ in range(count)]
+        reviews = {"text": texts, "label": rng.integers(0, 2, count)}
+        splits[name] = tf.data.Dataset.from_tensor_slices(reviews)
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="imdb_reviews",
+        config="plain_text",
+        version="1.0.0",
+        features=tfds.features.FeaturesDict(
+            {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["neg", "pos"])}
+        ),
+        split_datasets=splits,
+        data_dir=directory,
+    )

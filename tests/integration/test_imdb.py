@@ -1,4 +1,4 @@
-"""`python -m experiments.imdb` from end to end, on tensorflow-datasets' own mock of the reviews."""
+"""`python -m experiments.imdb` from end to end."""
 
 import json
 import os
@@ -9,31 +9,26 @@ import sys
 
 import pytest
 from integration.several import several
+from toys import prepare_reviews
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
-# The real tfds.load, builder and features, with random examples instead of a download.
-ON_MOCKED_DATA = """
-import runpy, sys
-import tensorflow_datasets as tfds
-with tfds.testing.mock_data(num_examples=60):
-    runpy.run_module("experiments.imdb", run_name="__main__")
-"""
 SMALL = ["--epochs=2", "--lanes=4", "--units=4", "--embedding_dim=4", "--vocab_size=50"]
 
 
-def run(*flags, mocked=False, cwd=ROOT):
-    command = ["-c", ON_MOCKED_DATA] if mocked else ["-m", "experiments.imdb"]
+def run(*flags, cwd=ROOT):
     return subprocess.run(
-        [sys.executable, *command, *SMALL, *flags],
+        [sys.executable, "-m", "experiments.imdb", *SMALL, *flags],
         capture_output=True, text=True, check=False, cwd=cwd, stdin=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
     )  # fmt: skip
 
 
 def test_a_run_leaves_behind_what_it_promises(tmp_path):
-    places = [f"--run_dir={tmp_path}/run", f"--export_dir={tmp_path}/model"]
-    done = run(*places, "--try=What a film!", mocked=True)
+    prepare_reviews(tmp_path / "data", 60)
+    names = {"data_dir": "data", "cache_dir": "cache", "run_dir": "run", "export_dir": "model"}
+    places = [f"--{flag}={tmp_path}/{name}" for flag, name in names.items()]
+    done = run(*places, "--try=What a film!")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["experiment"] == "imdb" and results["dataset"] == "imdb_reviews"
