@@ -9,10 +9,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tbptt._batches import check_windows, embeddings_of_ids
 from keras_tbptt._graphs import kept_with
 from keras_tbptt._inputs import ModelInputs
 from keras_tbptt._tensors import has_time_axis
+from keras_tbptt._window_checks import check_windows, embeddings_of_ids
 from keras_tbptt.data._documents import as_array, check_values, read_dataset
 from keras_tbptt.data._inputs import documents_by_name, static_by_name
 from keras_tbptt.data.windows import DocumentWindows

@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tbptt import text
-from keras_tbptt._batches import check_windows
 from keras_tbptt._graphs import kept_with
+from keras_tbptt._window_checks import check_windows
 from keras_tbptt.data._documents import check_values, flatten
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.serving._generation import Generator, excluded_ids

@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tbptt import _keras
-from keras_tbptt._batches import embeddings_of_ids
 from keras_tbptt._inputs import ModelInputs
+from keras_tbptt._window_checks import embeddings_of_ids
 
 # How far outputs may lie from the model's, as a share of the largest, or of 1.
 _ROUNDING = {"float32": 1e-4, "half": 0.05, "int8": 0.1}

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tbptt._batches import embeddings_of_ids
 from keras_tbptt._tensors import has_time_axis
+from keras_tbptt._window_checks import embeddings_of_ids
 from keras_tbptt.serving._stream import DocumentRunner
 from keras_tbptt.state import explicit_state, initial_states
 

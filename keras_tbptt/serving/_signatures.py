@@ -9,8 +9,8 @@ import keras
 import tensorflow as tf
 
 from keras_tbptt import _keras
-from keras_tbptt._batches import embeddings_of_ids
 from keras_tbptt._inputs import ModelInputs, check_order
+from keras_tbptt._window_checks import embeddings_of_ids
 from keras_tbptt.serving._generation import Generator, excluded_ids
 from keras_tbptt.serving._stream import DocumentRunner, StreamState, at_every_step
 from keras_tbptt.text import WORDLESS, check_ragged, separator_of, standardize, uses_standardize
