@@ -13,27 +13,36 @@ from keras_tbptt import _keras
 T = TypeVar("T")
 
 
-def constants(model: keras.Model) -> list[Any]:
-    """The tensors that the graph of a model holds as constants: those of `Normalization`.
+class Held:
+    """What graphs of a model compute with, and go on with when the model has others.
 
-    Keras makes new ones in `adapt` and when weights are loaded, and a graph keeps the old ones.
+    `enable_lora` and `quantize` make new variables. The statistics of a `Normalization` are
+    constants, of which Keras makes new ones in `adapt` and when weights are loaded.
 
-    Args:
-        model: A built model.
+    It is a class because Keras would take a list of variables for weights of the model.
     """
-    layers = _keras.flatten_layers(model)
-    found = [layer for layer in layers if isinstance(layer, keras.layers.Normalization)]
-    return [value for layer in found for value in (layer.mean, layer.variance)]
 
+    def __init__(self) -> None:
+        self._by_graph: dict[Hashable, list[Any]] = {}
 
-def are_same(some: list[Any], others: list[Any]) -> bool:
-    """Whether two lists have the same objects.
+    def is_other(self, graph: Hashable, model: keras.Model) -> bool:
+        """Whether the model has others than when it was asked before; False the first time.
 
-    Args:
-        some: Objects.
-        others: Objects.
-    """
-    return len(some) == len(others) and all(map(operator.is_, some, others))
+        Args:
+            graph: What tells the graph from others.
+            model: The built model.
+        """
+        layers = _keras.flatten_layers(model)
+        statistics = [
+            value
+            for layer in layers
+            if isinstance(layer, keras.layers.Normalization)
+            for value in (layer.mean, layer.variance)
+        ]
+        now = [*model.variables, *statistics]
+        before = self._by_graph.get(graph, now)
+        self._by_graph[graph] = now
+        return len(now) != len(before) or not all(map(operator.is_, now, before))
 
 
 def kept_with(model: keras.Model, key: Hashable, make: Callable[[], T]) -> T:
@@ -44,12 +53,11 @@ def kept_with(model: keras.Model, key: Hashable, make: Callable[[], T]) -> T:
         key: What tells it from other things made of the model.
         make: Makes it.
     """
-    now = constants(model)
-    kept, before = getattr(model, "_tbptt_graphs", ({}, now))
-    if not are_same(now, before):
+    held, kept = getattr(model, "_tbptt_graphs", (Held(), {}))
+    if held.is_other("kept", model):
         kept = {}
     if key not in kept:
         kept = {**kept, key: make()}
     # Past Keras's attribute tracking: this is no part of the model.
-    object.__setattr__(model, "_tbptt_graphs", (kept, now))
+    object.__setattr__(model, "_tbptt_graphs", (held, kept))
     return kept[key]

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
 from keras_tbptt._compiled import check_compiled, check_metrics, check_optimizer
-from keras_tbptt._graphs import are_same, constants
+from keras_tbptt._graphs import Held
 from keras_tbptt._replicas import summed_over_replicas
 from keras_tbptt._sampling import SamplesClasses
 from keras_tbptt._steps import build_optimizer, model_scope
@@ -32,7 +32,7 @@ class StepsOnReplicas(SamplesClasses):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._constants: dict[str, list[Any]] = {}
+        self._held = Held()
         self._end_is_known = {True: True, False: True}  # of training, of evaluation
         self._ends_apart = False
         self._not_built: dict[bool, tuple] = {}  # the batches of a training, of an evaluation
@@ -131,7 +131,7 @@ class StepsOnReplicas(SamplesClasses):
         Args:
             force: bool. Whether to make it anew.
         """
-        force |= self._has_new_constants("train")
+        force |= self._held.is_other("train", self)
         if self.train_function is None or force:
             super().make_train_function(force)
             self.train_function = self._read_first(self.train_function, learns=True)
@@ -143,7 +143,7 @@ class StepsOnReplicas(SamplesClasses):
         Args:
             force: bool. Whether to make it anew.
         """
-        force |= self._has_new_constants("test")
+        force |= self._held.is_other("test", self)
         if self.test_function is None or force:
             super().make_test_function(force)
             self.test_function = self._read_first(self.test_function, learns=False)
@@ -155,14 +155,8 @@ class StepsOnReplicas(SamplesClasses):
         Args:
             force: bool. Whether to make it anew.
         """
-        super().make_predict_function(force or self._has_new_constants("predict"))
+        super().make_predict_function(force or self._held.is_other("predict", self))
         return self.predict_function
-
-    def _has_new_constants(self, what: str) -> bool:
-        """Whether the graph that was made last holds constants that layers have replaced."""
-        now = constants(self)
-        before, self._constants[what] = self._constants.get(what, now), now
-        return not are_same(now, before)
 
     def _until_all_end(self, iterator: Any) -> Iterator:
         """The batches of an evaluation, until no worker has a document left."""

@@ -80,10 +80,28 @@ def test_a_sequential_model_compiles_once():
     layers = language_model(cls=keras.Model).layers[1:]
     model = keras.Sequential([keras.Input(batch_shape=(4, 3), dtype="int32"), *layers])
     first = generate(model, PROMPTS, 4, seed=1)
-    graphs, _ = model._tbptt_graphs
+    _, graphs = model._tbptt_graphs
     second = generate(model, PROMPTS, 4, seed=1)
-    assert len(graphs) == 1 and model._tbptt_graphs[0] is graphs
+    assert len(graphs) == 1 and model._tbptt_graphs[1] is graphs
     assert [row.tolist() for row in first] == [row.tolist() for row in second]
+
+
+def test_generation_and_prediction_use_the_weights_that_lora_adds():
+    model, merged = language_model(), language_model()
+    head = model.layers[-1]
+    model.predict_documents(PROMPTS)
+    before = generate(model, PROMPTS, 8, top_k=1)
+    head.enable_lora(2)
+    rng = np.random.default_rng(0)
+    for kernel in (head.lora_kernel_a, head.lora_kernel_b):
+        kernel.assign(rng.normal(0, 3, kernel.shape))
+    merged.layers[-1].set_weights([head.kernel, head.bias])  # with what LoRA adds
+    after, expected = (generate(one, PROMPTS, 8, top_k=1) for one in (model, merged))
+    assert [row.tolist() for row in after] == [row.tolist() for row in expected]
+    assert any((a != b).any() for a, b in zip(after, before, strict=True))
+    ours, theirs = (one.predict_documents(PROMPTS) for one in (model, merged))
+    for our, their in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(our, their, atol=1e-5)
 
 
 def test_training_and_generation_do_not_disturb_each_other():
