@@ -103,7 +103,9 @@ def main() -> None:
     """Runs the cells that are missing, and shows the whole grid."""
     todo = list(cells())
     directory = runner.RunDirectory(
-        "window_study", f"{len(todo)}cells", free=["windows", "window_losses", "cells", "jobs"]
+        "window_study",
+        f"{len(todo)}cells",
+        free=["windows", "window_losses", "cells", "seeds", "jobs"],
     )
     rows: list[dict[str, Any]] = []
     with contextlib.closing(
