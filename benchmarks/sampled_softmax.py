@@ -12,6 +12,9 @@ With --torch_python, a PyTorch loop takes its turn too, in a process of its own,
 sizes, the same words and the same sampling: sparse gradients, and `SparseAdam` for the tables. The
 second command has the sizes of `experiments.pretrain`, and its threads, because without the exact
 model no product keeps all cores busy by itself.
+
+Where the processor multiplies matrices of bfloat16, everything is also measured with
+`product_dtype="bfloat16"`, and with PyTorch under `torch.autocast`.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import numpy as np
 from absl import flags
 
 import keras_tbptt
+from benchmarks.tables import OURS, OURS_BFLOAT16, TORCH, TORCH_BFLOAT16
 from experiments import runner
 from keras_tbptt.layers._candidates import LogUniform
 
@@ -41,20 +45,27 @@ flags.DEFINE_integer("lanes", 64, "Streams side by side.", 1)
 flags.DEFINE_integer("window", 30, "Steps in a window.", 1)
 flags.DEFINE_integer("windows", 30, "Windows in an epoch.", 1)
 flags.DEFINE_integer("repeats", 3, "Timed epochs of each model.", 1)
+flags.DEFINE_bool(
+    "bfloat16", None,
+    "Whether to measure products in bfloat16. If not given, where the processor has them.",
+)  # fmt: skip
 flags.DEFINE_string("torch_python", None, "A Python with PyTorch, to measure it too.")
 FLAGS = flags.FLAGS
 
 
-def language_model(samples: int | None) -> keras_tbptt.TBPTTModel:
+def language_model(samples: int | None, product_dtype: str | None) -> keras_tbptt.TBPTTModel:
     """An LSTM that predicts the next word.
 
     Args:
         samples: How many classes are drawn in a training step; None for the exact loss.
+        product_dtype: As in `keras_tbptt.layers.LSTM`.
     """
     keras.utils.set_random_seed(0)
     tokens = keras.Input(batch_shape=(FLAGS.lanes, FLAGS.window), dtype="int32")
     x = keras.layers.Embedding(FLAGS.vocabulary, FLAGS.embedding_dim or FLAGS.units)(tokens)
-    x = keras_tbptt.layers.LSTM(FLAGS.units, stateful=True, return_sequences=True)(x)
+    x = keras_tbptt.layers.LSTM(
+        FLAGS.units, stateful=True, return_sequences=True, product_dtype=product_dtype
+    )(x)
     if samples is None:
         outputs = keras.layers.Dense(FLAGS.vocabulary, activation="softmax")(x)
     else:
@@ -64,10 +75,11 @@ def language_model(samples: int | None) -> keras_tbptt.TBPTTModel:
     return model
 
 
-def torch_rate(samples: int, words: pathlib.Path) -> float:
+def torch_rate(way: str, samples: int, words: pathlib.Path) -> float:
     """Words a second of PyTorch, in a process of its own.
 
     Args:
+        way: With or without bfloat16.
         samples: How many classes are drawn in a training step.
         words: The file of the words.
 
@@ -76,7 +88,7 @@ def torch_rate(samples: int, words: pathlib.Path) -> float:
     """
     task = {
         "part": "sampled_softmax",
-        "way": "torch",
+        "way": way,
         "seed": 0,
         "vocab_size": FLAGS.vocabulary,
         "embedding": FLAGS.embedding_dim or FLAGS.units,
@@ -110,19 +122,28 @@ def measure(folder: pathlib.Path) -> dict[tuple[str, int | None], list[float]]:
     np.save(folder / "words.npy", np.resize(text, words + FLAGS.lanes).astype("int32"))
     data = keras_tbptt.DocumentWindows.next_step(text, window=FLAGS.window, lanes=FLAGS.lanes)
 
-    models = {n: language_model(n) for n in (*([None] if FLAGS.exact else []), *FLAGS.samples)}
+    half = FLAGS.bfloat16
+    if half is None:
+        half = bool(runner.bfloat16_of_processor())
+    dtypes = {OURS: None} | ({OURS_BFLOAT16: "bfloat16"} if half else {})
+    models = {
+        (way, samples): language_model(samples, dtype)
+        for samples in (*([None] if FLAGS.exact else []), *FLAGS.samples)
+        for way, dtype in dtypes.items()
+    }
     rates: dict[tuple[str, int | None], list[float]] = {}
     for epoch in range(FLAGS.repeats + 1):
-        for samples, model in models.items():
+        for (way, samples), model in models.items():
             began = time.perf_counter()
             model.fit(data, verbose=0)
             seconds = time.perf_counter() - began
             if epoch == 0:
                 continue
-            rates.setdefault(("keras_tbptt", samples), []).append(words / seconds)
+            rates.setdefault((way, samples), []).append(words / seconds)
             if FLAGS.torch_python and samples:
-                rate = torch_rate(samples, folder / "words.npy")
-                rates.setdefault(("torch", samples), []).append(rate)
+                torch = TORCH if way == OURS else TORCH_BFLOAT16
+                rate = torch_rate(torch, samples, folder / "words.npy")
+                rates.setdefault((torch, samples), []).append(rate)
     return rates
 
 

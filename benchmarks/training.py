@@ -23,8 +23,8 @@ of the ratios of single turns. The parts (`--parts`) are:
 - `accuracy`: seconds of the whole command, from raw strings to a test accuracy. This compares the
   main job with PyTorch's recipe, which stops after the epoch that reaches --target.
 
-Where the processor multiplies matrices of bfloat16, `lstm`, `gru`, `reviews` and `final_only` are
-also measured with `product_dtype="bfloat16"`, and with PyTorch under `torch.autocast`.
+Where the processor multiplies matrices of bfloat16, the layers, epochs and evaluations are also
+measured with `product_dtype="bfloat16"`, and with PyTorch under `torch.autocast`.
 
 --resume continues a benchmark that was stopped. It can also add turns, with more --repeats.
 
@@ -142,7 +142,7 @@ def tasks(files: dict[str, str]) -> Iterator[Task]:
         sizes = {"units": 128, "embedding": 128, "ids": files["test_ids"]}
         for lanes in FLAGS.lanes:
             run = {"part": "evaluation", "point": f"{lanes} lanes", "lanes": int(lanes)}
-            for way in (OURS, *torch):
+            for way in (OURS, *torch, *half):
                 yield {**base, **sizes, **run, "way": way}
     if "language_model" in FLAGS.parts:
         sizes = {"units": 200, "layers": 2, "vocab_size": 10_000, "window": 35, "lanes": 20}

@@ -34,6 +34,10 @@ flags.DEFINE_list("pretrain_epochs", ["0", "1", "3"], "Epochs of language models
 flags.DEFINE_list("labels", ["100", "1000", "5000", "all"], "Labels that are used, in `labels`.")
 flags.DEFINE_list("windows", ["10", "30", "100"], "Words in a window, in `windows`.")
 flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of classifiers. A language model has seed 0.")
+flags.DEFINE_enum(
+    "precision", "float32", runner.PRECISIONS,
+    "Operands of the LSTM's matrix products, of language models and classifiers.",
+)  # fmt: skip
 flags.adopt_module_key_flags(runner)
 flags.adopt_module_key_flags(grid)
 FLAGS = flags.FLAGS
@@ -66,7 +70,9 @@ class Setting:
     def encoder(self) -> grid.Run:
         """The run that trains the language model."""
         key = f"encoder-units{self.units}-epochs{self.epochs}-window{self.window}"
-        arguments = grid.given(units=self.units, epochs=self.epochs, window=self.window)
+        arguments = grid.given(
+            units=self.units, epochs=self.epochs, window=self.window, precision=FLAGS.precision
+        )
         return grid.Run(key, "experiments.pretrain", arguments)
 
     def classifier(self, seed: int, runs: pathlib.Path) -> grid.Run:
@@ -84,6 +90,7 @@ class Setting:
             window=self.window,
             labels=self.labels,
             epochs=_epochs(self.labels),
+            precision=FLAGS.precision,
             seed=seed,
             export_dir="",
         )
