@@ -27,12 +27,13 @@ def test_a_process_does_not_count_the_memory_of_the_one_that_started_it():
 
 
 def test_training_is_measured_without_pytorch(tmp_path):
-    options = ["--parts=lstm", "--points=6x4x2", "--repeats=1", "--torch_python="]
+    options = ["--parts=lstm", "--points=6x4x2", "--repeats=1", "--torch_python=", "--bfloat16"]
     printed = run("-m", "benchmarks.training", *options, f"--run_dir={tmp_path}")
     assert "6x4x2" in printed and (tmp_path / "lstm.png").exists()
     found = json.loads((tmp_path / "results.json").read_text("utf-8"))["measurements"]
     layers = [m for m in found if m["part"] == "lstm"]
-    assert {m["way"] for m in layers} == {"keras_tbptt", "keras", "keras, our settings"}
+    ways = {"keras_tbptt", "keras", "keras, our settings", "keras_tbptt, bfloat16"}
+    assert {m["way"] for m in layers} == ways
     assert all(m["ms"] > 0 and m["peak_mb"] > 0 for m in layers)
 
     # As if it had been stopped in its second turn, before the last measurement.
