@@ -65,8 +65,10 @@ def test_streams_in_pieces_of_any_size_are_whole_documents(layers, tmp_path):
         replies = dict(zip(names, session.run(None, request), strict=True))
         state, start = replies["new_state"], np.zeros(7, bool)
         done += request["lengths"]
+    # TensorFlow and ONNX Runtime round the results of products in bfloat16 at places of their own.
+    atol = 1e-3 if OUR_LSTM in layers else 1e-5
     np.testing.assert_allclose(
-        replies["probability"], model.predict_documents(documents), atol=1e-5
+        replies["probability"], model.predict_documents(documents), atol=atol
     )
 
 
