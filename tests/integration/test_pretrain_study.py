@@ -57,6 +57,12 @@ def test_a_classifier_starts_from_its_own_encoder_or_from_scratch():
     assert "--units=7" in scratch and not any("pretrained" in flag for flag in scratch)
 
 
+def test_precision_is_that_of_language_models_and_classifiers():
+    with flagsaver.flagsaver(precision="bfloat16"):
+        for run in (Setting().encoder, Setting().classifier(0, RUNS)):
+            assert "--precision=bfloat16" in run.arguments
+
+
 @pytest.mark.parametrize(
     ("flag", "value"), [("units", "all"), ("labels", "1"), ("windows", "0"), ("units", "-3")]
 )
