@@ -122,9 +122,7 @@ def measure(folder: pathlib.Path) -> dict[tuple[str, int | None], list[float]]:
     np.save(folder / "words.npy", np.resize(text, words + FLAGS.lanes).astype("int32"))
     data = keras_tbptt.DocumentWindows.next_step(text, window=FLAGS.window, lanes=FLAGS.lanes)
 
-    half = FLAGS.bfloat16
-    if half is None:
-        half = bool(runner.bfloat16_of_processor())
+    half = runner.bfloat16_of_processor() if FLAGS.bfloat16 is None else FLAGS.bfloat16
     dtypes = {OURS: None} | ({OURS_BFLOAT16: "bfloat16"} if half else {})
     models = {
         (way, samples): language_model(samples, dtype)

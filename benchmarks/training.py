@@ -115,9 +115,8 @@ def tasks(files: dict[str, str]) -> Iterator[Task]:
         `point` (the name in tables), sizes and files.
     """
     torch = (TORCH,) if FLAGS.torch_python else ()
-    half: tuple[str, ...] = ()
-    if FLAGS.bfloat16 or (FLAGS.bfloat16 is None and runner.bfloat16_of_processor()):
-        half = (OURS_BFLOAT16, TORCH_BFLOAT16) if torch else (OURS_BFLOAT16,)
+    half = runner.bfloat16_of_processor() if FLAGS.bfloat16 is None else FLAGS.bfloat16
+    ways = (OURS_BFLOAT16, *([TORCH_BFLOAT16] if torch else [])) if half else ()
     base = {
         **{name: getattr(FLAGS, name) for name in ("units", "embedding", "vocab_size", "window")},
         **{"lanes": 64, "seed": FLAGS.seed, "window_loss": "per_window"},
@@ -129,20 +128,20 @@ def tasks(files: dict[str, str]) -> Iterator[Task]:
             units, window, lanes = map(int, point.split("x"))
             sizes = {"units": units, "window": window, "lanes": lanes}
             calls = int(np.clip(2e11 / flops({**base, **sizes}), 10, 300))  # about a second
-            for way in (OURS, STOCK, THREADS, *torch, *half):
+            for way in (OURS, STOCK, THREADS, *torch, *ways):
                 run = {"part": part, "cell": LAYERS[part], "way": way, "point": point}
                 yield {**base, **sizes, **run, "calls": calls}
     for part in [part for part in EPOCHS if part in FLAGS.parts]:
         stock = (STOCK,) if part == "reviews" else ()
         for lanes in FLAGS.lanes:
             epoch = {"lanes": int(lanes), "ids": files["ids"], "window_loss": EPOCHS[part]}
-            for way in (OURS, *stock, *torch, *half):
+            for way in (OURS, *stock, *torch, *ways):
                 yield {**base, **epoch, "part": part, "way": way, "point": f"{lanes} lanes"}
     if "evaluation" in FLAGS.parts:
         sizes = {"units": 128, "embedding": 128, "ids": files["test_ids"]}
         for lanes in FLAGS.lanes:
             run = {"part": "evaluation", "point": f"{lanes} lanes", "lanes": int(lanes)}
-            for way in (OURS, *torch, *half):
+            for way in (OURS, *torch, *ways):
                 yield {**base, **sizes, **run, "way": way}
     if "language_model" in FLAGS.parts:
         sizes = {"units": 200, "layers": 2, "vocab_size": 10_000, "window": 35, "lanes": 20}

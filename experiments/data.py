@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,10 @@ _NEVER_A_TEST_SEED = 1_000_000
 
 class DataUnavailableError(Exception):
     """A data set can be neither loaded nor downloaded."""
+
+
+class DamagedDataError(DataUnavailableError):
+    """A data set is prepared, but cannot be read. Nothing is generated instead."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ def load(data: str, data_dir: str | None, limit: int | None, valid: float, seed:
     """Loads a corpus, and takes a part of its training split for validation.
 
     Args:
-        data: One of `DATASETS`. `"auto"` is the real reviews. If they can be neither loaded nor
-            downloaded, it logs a message and generates reviews instead.
+        data: One of `DATASETS`. `"auto"` is the real reviews. If they are not prepared and cannot
+            be downloaded, it logs a message and generates reviews instead.
         data_dir: The directory of tensorflow-datasets, or None for its default.
         limit: The number of documents of each of the two splits, or None for all.
         valid: The share of the training split that is used for validation, in (0, 1).
@@ -74,7 +79,7 @@ def load(data: str, data_dir: str | None, limit: int | None, valid: float, seed:
 
     Raises:
         DataUnavailableError: If `data` is `"imdb_reviews"`, and it can be neither loaded nor
-            downloaded.
+            downloaded, or if it is damaged.
         ValueError: If fewer than two training documents are left.
     """
     data, (train, test) = _real_or_generated(
@@ -143,11 +148,25 @@ def _real_or_generated(
     try:
         return "imdb_reviews", _load_imdb_reviews(data_dir, splits)
     except DataUnavailableError as error:
-        if data != "auto":
-            raise
-        logging.warning("%s", error)
-        logging.warning("Running on GENERATED reviews instead (--data generated).")
+        generate_instead(data, error, "reviews")
         return "generated", generate()
+
+
+def generate_instead(data: str, error: DataUnavailableError, what: str) -> None:
+    """Logs that generated data is used, or raises the error if it may not be.
+
+    Args:
+        data: What was asked for. `"auto"` alone allows generated data.
+        error: Why there is no real data.
+        what: What is generated.
+
+    Raises:
+        DataUnavailableError: The error, if `data` is not `"auto"` or the data is damaged.
+    """
+    if data != "auto" or isinstance(error, DamagedDataError):
+        raise error
+    logging.warning("%s", error)
+    logging.warning("Running on GENERATED %s instead (--data generated).", what)
 
 
 def _generate(limit: int | None, seed: int) -> tuple[Split, Split]:
@@ -167,12 +186,30 @@ def _load_imdb_reviews(data_dir: str | None, splits: Sequence[str]) -> list[Spli
                 # Without a network, tfds would try for minutes and leave directories behind.
                 urllib.request.urlopen(urllib.request.Request(_URL, method="HEAD"), timeout=10)
             builder.download_and_prepare()
-        return [_read(builder.info.splits[split].filepaths) for split in splits]
     except Exception as error:
         raise DataUnavailableError(
             "The data set imdb_reviews can be neither loaded nor downloaded: prepare it with "
             f"tensorflow-datasets in {where}, give a directory that has it with --data_dir, or run "
             f"with --data generated. Received: {first_line(error)}"
+        ) from error
+    with readable("imdb_reviews", builder.data_dir):
+        return [_read(builder.info.splits[split].filepaths) for split in splits]
+
+
+@contextlib.contextmanager
+def readable(name: str, directory: str | os.PathLike) -> Iterator[None]:
+    """Turns errors of reading a prepared data set into `DamagedDataError`.
+
+    Args:
+        name: The name of the data set.
+        directory: Where it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise DamagedDataError(
+            f"The data set {name} cannot be read: prepare it again with tensorflow-datasets, after "
+            f"removing {os.fspath(directory)}. Received: {first_line(error)}"
         ) from error
 
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import keras
 import numpy as np
-from absl import logging
 
-from experiments.data import DataUnavailableError, first_line
+from experiments.data import DataUnavailableError, first_line, generate_instead, readable
 from experiments.generated import write_reviews
 from keras_tbptt import text
 
@@ -37,16 +36,16 @@ def load(
     """Loads a text.
 
     Args:
-        data: One of `DATASETS`. `"auto"` takes tiny_shakespeare. If it can be neither loaded nor
-            downloaded, it prints a message and takes generated text.
+        data: One of `DATASETS`. `"auto"` takes tiny_shakespeare. If it is not prepared and cannot
+            be downloaded, it logs a message and takes generated text.
         data_dir: tensorflow-datasets' directory, None for its default.
         files: The paths of the files `"train"`, `"valid"` and `"test"`, which take precedence over
             `data`; or None for each.
         seed: What is generated.
 
     Raises:
-        DataUnavailableError: If `data` is `"tiny_shakespeare"` and it is not available, or a file
-            is missing or not UTF-8.
+        DataUnavailableError: If `data` is `"tiny_shakespeare"` and it is not available, or if it is
+            damaged, or a file is missing or not UTF-8.
     """
     if any(files.values()):
         parts = {part: _read(part, path) for part, path in files.items()}
@@ -55,10 +54,7 @@ def load(
         try:
             return RunningText("tiny_shakespeare", **_load_tiny_shakespeare(data_dir))
         except DataUnavailableError as error:
-            if data != "auto":
-                raise
-            logging.warning("%s", error)
-            logging.warning("Running on GENERATED text instead (--data generated).")
+            generate_instead(data, error, "text")
     parts = {
         part: "\n".join(write_reviews(reviews, seed=3 * seed + i)[0]) + "\n"
         for i, (part, reviews) in enumerate(_GENERATED_REVIEWS.items())
@@ -92,11 +88,6 @@ def _load_tiny_shakespeare(data_dir: str | None) -> dict[str, str]:
                 # tfds would try for minutes where there is no network.
                 urllib.request.urlopen(urllib.request.Request(_URL, method="HEAD"), timeout=10)
             builder.download_and_prepare()
-        names = {"train": "train", "valid": "validation", "test": "test"}
-        return {
-            part: next(iter(tfds.as_numpy(builder.as_dataset(split=split))))["text"].decode()
-            for part, split in names.items()
-        }
     except Exception as error:
         raise DataUnavailableError(
             "The data set tiny_shakespeare can be neither loaded nor downloaded: prepare it with "
@@ -104,6 +95,12 @@ def _load_tiny_shakespeare(data_dir: str | None) -> dict[str, str]:
             "--data_dir, or run with --data generated. "
             f"Received: {first_line(error)}"
         ) from error
+    names = {"train": "train", "valid": "validation", "test": "test"}
+    with readable("tiny_shakespeare", builder.data_dir):
+        return {
+            part: next(iter(tfds.as_numpy(builder.as_dataset(split=split))))["text"].decode()
+            for part, split in names.items()
+        }
 
 
 def encode(

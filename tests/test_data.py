@@ -55,3 +55,12 @@ def test_auto_says_when_the_real_reviews_cannot_be_had(monkeypatch, caplog):
     assert "not here" in caplog.text and "GENERATED" in caplog.text
     with pytest.raises(data.DataUnavailableError):
         data.load("imdb_reviews", None, limit=20, valid=0.1, seed=0)
+
+
+@pytest.mark.parametrize("name", data.DATASETS[:2])
+def test_damaged_reviews_are_an_error_and_never_replaced_by_generated_ones(name, tmp_path):
+    prepare_reviews(tmp_path, 20)
+    [file] = tmp_path.rglob("*train.tfrecord*")
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(data.DamagedDataError, match=r"again.*plain_text.* Received: DataLoss"):
+        data.load(name, str(tmp_path), limit=None, valid=0.1, seed=0)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -50,3 +51,12 @@ def test_training_is_measured_without_pytorch(tmp_path):
             one[name] for name in ("part", "way", "point")
         ]
         assert (other["turn"], other["seed"]) == (1, one["seed"] + 1)
+
+
+def test_sampled_softmax_is_measured_without_pytorch():
+    sizes = ["--vocabulary=50", "--samples=10", "--units=4", "--lanes=4", "--windows=2"]
+    printed = run("-m", "benchmarks.sampled_softmax", *sizes, "--repeats=1", "--bfloat16")
+    for way in ("keras_tbptt", "keras_tbptt, bfloat16"):
+        for samples in ("all", "10"):
+            [rate] = re.findall(rf"│ {way} +│ {samples} +│ ([0-9,]+) +│", printed)
+            assert int(rate.replace(",", "")) > 0
