@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,36 @@ def line_in_range(axes: Any, x: Sequence[float], runs: np.ndarray, colour: str) 
     axes.plot(x, means, "o-", color=colour)
     axes.fill_between(x, runs.min(axis=1), runs.max(axis=1), color=colour, alpha=0.2, linewidth=0)
     return float(means[-1])
+
+
+def learning_curve(
+    axes: Any,
+    title: str,
+    epochs: Sequence[int],
+    lines: Mapping[str, Sequence[float]],
+    best: int,
+    stars: Mapping[str, float] | None = None,
+) -> None:
+    """Draws figures of training by epoch, and those of the epoch that was kept as stars.
+
+    Args:
+        axes: The axes.
+        title: str. What is drawn, with its unit.
+        epochs: ints `[epochs]`.
+        lines: Name to values `[epochs]`. `"training"` has the muted colour.
+        best: int. The epoch that was kept.
+        stars: Optional name to value.
+    """
+    ends = []
+    for name, values in lines.items():
+        colour = OTHER if name == "training" else MAIN
+        axes.plot(epochs, values, "o-", color=colour)
+        ends.append((epochs[-1], values[-1], name, colour))
+    for name, value in (stars or {}).items():
+        axes.plot([best], [value], "*", color=THIRD, markersize=12, zorder=3)
+        ends.append((epochs[-1], value, f"{name} {value:.4f}", THIRD))
+    axes.set(xlabel="epoch", title=title, xticks=epochs)
+    label_ends(axes, ends)
 
 
 def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:

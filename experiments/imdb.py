@@ -352,23 +352,20 @@ def draw_learning_curve(results: dict[str, Any], path: pathlib.Path) -> None:
         results: The content of `results.json`.
         path: The PNG file.
     """
-    records, best = results["epochs"], results["best_epoch"]
-    epochs = [record["epoch"] for record in records]
+    records = results["epochs"]
     with figures.figure(path, columns=2, height=2.7) as panels:
         for axes, name in zip(panels, ("accuracy", "loss"), strict=True):
-            ends = []
-            for part, label, colour in (
-                ("train", "training", figures.OTHER),
-                ("valid", "validation", figures.MAIN),
-            ):
-                values = [record[f"{part}_{name}"] for record in records]
-                axes.plot(epochs, values, "o-", color=colour)
-                ends.append((epochs[-1], values[-1], label, colour))
-            test = results[f"test_{name}"]
-            axes.plot([best], [test], "*", color=figures.THIRD, markersize=12, zorder=3)
-            ends.append((epochs[-1], test, f"test {test:.4f}", figures.THIRD))
-            axes.set(xlabel="epoch", title=name, xticks=epochs)
-            figures.label_ends(axes, ends)
+            figures.learning_curve(
+                axes,
+                name,
+                [record["epoch"] for record in records],
+                {
+                    "training": [record[f"train_{name}"] for record in records],
+                    "validation": [record[f"valid_{name}"] for record in records],
+                },
+                results["best_epoch"],
+                {"test": results[f"test_{name}"]},
+            )
 
 
 def print_closing_table(results: dict[str, Any], directory: runner.RunDirectory) -> None:

@@ -343,23 +343,20 @@ def draw_learning_curve(results: dict[str, Any], path: pathlib.Path) -> None:
         results: As in `results.json`.
         path: The PNG file.
     """
-    records, best = results["epochs"], results["best_epoch"]
-    epochs = [record["epoch"] for record in records]
+    records = results["epochs"]
+    tests = {"test": results["test_loss"], "dynamic": results.get("test_loss_dynamic")}
     with figures.figure(path) as axes:
-        ends = []
-        for part, label, colour in (
-            ("train", "training", figures.OTHER),
-            ("valid", "validation", figures.MAIN),
-        ):
-            values = [record[f"{part}_loss"] for record in records]
-            axes.plot(epochs, values, "o-", color=colour)
-            ends.append((epochs[-1], values[-1], label, colour))
-        for key, label in (("test_loss", "test"), ("test_loss_dynamic", "dynamic")):
-            if loss := results.get(key):
-                axes.plot([best], [loss], "*", color=figures.THIRD, markersize=12, zorder=3)
-                ends.append((epochs[-1], loss, f"{label} {loss:.4f}", figures.THIRD))
-        axes.set(xlabel="epoch", title="loss (nats per step)", xticks=epochs)
-        figures.label_ends(axes, ends)
+        figures.learning_curve(
+            axes,
+            "loss (nats per step)",
+            [record["epoch"] for record in records],
+            {
+                "training": [record["train_loss"] for record in records],
+                "validation": [record["valid_loss"] for record in records],
+            },
+            results["best_epoch"],
+            {name: loss for name, loss in tests.items() if loss},
+        )
 
 
 def draw_surprise(words: list[str], bits: np.ndarray, path: pathlib.Path) -> None:

@@ -192,9 +192,9 @@ def draw_learning_curve(results: dict[str, Any], path: pathlib.Path) -> None:
     epochs = [record["epoch"] for record in results["epochs"]]
     values = [math.exp(record["valid_loss"]) for record in results["epochs"]]
     with figures.figure(path) as axes:
-        axes.plot(epochs, values, "o-", color=figures.MAIN)
-        axes.set(xlabel="epoch", title="perplexity of held-out reviews", xticks=epochs)
-        figures.label_ends(axes, [(epochs[-1], values[-1], f"{values[-1]:.1f}", figures.MAIN)])
+        title = "perplexity of held-out reviews"
+        lines = {f"{values[-1]:.1f}": values}
+        figures.learning_curve(axes, title, epochs, lines, results["best_epoch"])
 
 
 def print_closing_table(results: dict[str, Any], directory: runner.RunDirectory) -> None:
