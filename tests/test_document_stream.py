@@ -13,7 +13,16 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from toys import VOCAB, random_documents, random_labels, token_layers, token_model, two_heads
+from toys import (
+    VOCAB,
+    InterruptAt,
+    Interruption,
+    random_documents,
+    random_labels,
+    token_layers,
+    token_model,
+    two_heads,
+)
 
 from keras_tbptt import DocumentStream, DocumentWindows, ExactBackup, RecordError, TBPTTModel
 from keras_tbptt.data._lanes import Position
@@ -294,17 +303,6 @@ def test_a_training_that_ends_in_its_validation_goes_on_at_the_place_of_each_lan
     assert whole[1] == resumed[1]
 
 
-class Interrupt(keras.callbacks.Callback):
-    def __init__(self, at):
-        super().__init__()
-        self._left = at
-
-    def on_train_batch_end(self, batch, logs=None):
-        self._left -= 1
-        if not self._left:
-            raise InterruptedError
-
-
 @pytest.mark.parametrize(("at", "steps_per_execution"), [(3, 3), (20, 1), (41, 3)])
 def test_an_interrupted_training_ends_as_one_that_was_not(at, steps_per_execution, tmp_path):
     def train(directory, interrupted_at=0):
@@ -318,12 +316,12 @@ def test_an_interrupted_training_ends_as_one_that_was_not(at, steps_per_executio
             epochs=3,
             validation_data=stream(),
             verbose=0,
-            callbacks=[Interrupt(interrupted_at), backup],
+            callbacks=[InterruptAt(interrupted_at), backup],
         )
         return model, history.history, train.position
 
     model, history, position = train(tmp_path / "whole")
-    with pytest.raises(InterruptedError):
+    with pytest.raises(Interruption):
         train(tmp_path / "cut", at // steps_per_execution)
     resumed, same_history, same_position = train(tmp_path / "cut")
     assert_same(model.get_weights(), resumed.get_weights())

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from toys import InterruptAt, Interruption
 
 import keras_tbptt
 from keras_tbptt import DocumentWindows, TBPTTModel
@@ -470,20 +471,6 @@ def test_an_input_with_a_name_of_the_exports_own_is_refused(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-class Interruption(Exception):
-    pass
-
-
-class InterruptAt(keras.callbacks.Callback):
-    def __init__(self, batch):
-        super().__init__()
-        self._batch = batch
-
-    def on_train_batch_end(self, batch, logs=None):
-        if batch == self._batch:
-            raise Interruption
-
-
 def test_an_interrupted_training_of_several_inputs_ends_as_one_that_was_not(tmp_path):
     steps, static, labels = documents()
 
@@ -498,7 +485,7 @@ def test_an_interrupted_training_of_several_inputs_ends_as_one_that_was_not(tmp_
 
     whole = fit(tmp_path / "whole")
     with pytest.raises(Interruption):
-        fit(tmp_path / "part", callbacks=[InterruptAt(3)])
+        fit(tmp_path / "part", callbacks=[InterruptAt(4)])
     with pytest.raises(ValueError, match="data"):
         fit(tmp_path / "part", user=(static["user"] + 1) % 4)
     with pytest.warns(UserWarning, match="InterruptAt"):

@@ -5,7 +5,7 @@ from collections import OrderedDict
 import keras
 import numpy as np
 import pytest
-from toys import VOCAB, random_documents, random_labels
+from toys import VOCAB, InterruptAt, Interruption, random_documents, random_labels
 
 from keras_tbptt import DocumentWindows, ExactBackup, TBPTTModel
 from keras_tbptt.callbacks import ResetStates
@@ -222,14 +222,6 @@ def test_a_stock_model_counts_as_a_tbptt_model_does():
 
 @pytest.mark.parametrize("reach", [1, 2])
 def test_training_with_two_heads_is_resumed(tmp_path, reach):
-    class Interruption(Exception):
-        pass
-
-    class Interrupt(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            if batch == 4:
-                raise Interruption
-
     inputs, labels = documents(missing=0.2)
 
     def fit(folder, *callbacks, per_step=BOTH, labels=labels):
@@ -241,7 +233,7 @@ def test_training_with_two_heads_is_resumed(tmp_path, reach):
 
     whole = fit(tmp_path / "whole")
     with pytest.raises(Interruption):
-        fit(tmp_path / "part", Interrupt())
+        fit(tmp_path / "part", InterruptAt(5))
     with pytest.raises(ValueError, match="data"):
         fit(tmp_path / "part", labels={**labels, "label": np.zeros(len(inputs))})
     with pytest.warns(UserWarning, match="Interrupt"):

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from toys import InterruptAt, Interruption
 
 from keras_tbptt import DocumentWindows, ExactBackup, TBPTTModel
 from keras_tbptt.callbacks import ResetStates
@@ -198,14 +199,6 @@ def test_a_lead_in_of_stretches_counts_the_documents_own_steps():
 
 
 def test_training_with_unknown_targets_is_resumed(tmp_path):
-    class Interruption(Exception):
-        pass
-
-    class Interrupt(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            if batch == 4:
-                raise Interruption
-
     inputs, targets = series()
 
     def fit(folder, *callbacks, targets=targets):
@@ -217,7 +210,7 @@ def test_training_with_unknown_targets_is_resumed(tmp_path):
 
     whole = fit(tmp_path / "whole")
     with pytest.raises(Interruption):
-        fit(tmp_path / "part", Interrupt())
+        fit(tmp_path / "part", InterruptAt(5))
     known = [np.nan_to_num(target) for target in targets]
     with pytest.raises(ValueError, match="data"):
         fit(tmp_path / "part", targets=known)

@@ -97,6 +97,23 @@ def counting_model(lanes, window, cls=keras.Model):
     return cls(steps, keras.layers.RNN(CountingCell(), stateful=True)(steps))
 
 
+class Interruption(Exception):
+    """Ends a training."""
+
+
+class InterruptAt(keras.callbacks.Callback):
+    """Ends training with an `Interruption` after so many batch ends, epochs counted on."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self._left = batches
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._left -= 1
+        if self._left == 0:
+            raise Interruption
+
+
 def prepare_reviews(directory, count):
     """Prepares `imdb_reviews` for tensorflow-datasets, with few and short reviews.
 

@@ -9,7 +9,14 @@ import signal
 import keras
 import numpy as np
 import pytest
-from toys import random_documents, random_labels, token_layers, token_model
+from toys import (
+    InterruptAt,
+    Interruption,
+    random_documents,
+    random_labels,
+    token_layers,
+    token_model,
+)
 
 from keras_tbptt import DocumentWindows, ExactBackup, ResetStates, TBPTTModel
 from keras_tbptt.layers import ConcatPooling
@@ -46,23 +53,6 @@ def pooling():
 def two_layers():
     first = keras.layers.GRU(5, stateful=True, return_sequences=True)
     return lambda x: keras.layers.GRU(4, stateful=True)(first(x))
-
-
-class Interruption(Exception):
-    pass
-
-
-class InterruptAt(keras.callbacks.Callback):
-    """Ends training with an error after so many windows, epochs counted on."""
-
-    def __init__(self, windows):
-        super().__init__()
-        self._left = windows
-
-    def on_train_batch_end(self, batch, logs=None):
-        self._left -= 1
-        if self._left == 0:
-            raise Interruption
 
 
 class InterruptInValidation(keras.callbacks.Callback):

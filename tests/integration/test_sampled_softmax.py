@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from toys import InterruptAt, Interruption
 
 import keras_tbptt
 from keras_tbptt import DocumentWindows, TBPTTModel
@@ -349,21 +350,6 @@ def test_xla_does_not_compile_it():
         model = compiled(language_model(), jit_compile=True)
     assert not model.jit_compile
     assert not compiled(language_model(), jit_compile="auto").jit_compile
-
-
-class Interruption(Exception):
-    pass
-
-
-class InterruptAt(keras.callbacks.Callback):
-    def __init__(self, windows):
-        super().__init__()
-        self._left = windows
-
-    def on_train_batch_end(self, batch, logs=None):
-        self._left -= 1
-        if self._left == 0:
-            raise Interruption
 
 
 @pytest.mark.filterwarnings("ignore:.*these callbacks.*Interrupt")
