@@ -76,15 +76,18 @@ def plainly(**kwargs):
     }
 
 
-@pytest.mark.parametrize("reach", [1, 2, "all", "artbp"])
+ADDS = {"behind": lambda x: Adds()(x)}
+OF_OUTPUTS = {
+    "outputs": lambda x: one_output(x, activity_regularizer="l2", kernel_regularizer="l2")
+}
+OF_STATES = {"recurrent": lambda *a, **k: L.GRU(*a, activity_regularizer="l2", **k)}
+
+
 @pytest.mark.parametrize(
-    "kind",
-    [
-        {"behind": lambda x: Adds()(x)},
-        {"outputs": lambda x: one_output(x, activity_regularizer="l2", kernel_regularizer="l2")},
-        {"recurrent": lambda *a, **k: L.GRU(*a, activity_regularizer="l2", **k)},
-    ],
-)
+    ("kind", "reach"),
+    [(ADDS, 1), (ADDS, "all"), (OF_OUTPUTS, 1), (OF_OUTPUTS, 2), (OF_OUTPUTS, "artbp"),
+     (OF_STATES, 2), (OF_STATES, "all")],
+)  # fmt: skip
 def test_what_a_layer_adds_to_the_loss_is_learnt(kind, reach):
     assert_alike(fits(plainly(), reach=reach, **kind))
 

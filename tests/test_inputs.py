@@ -89,9 +89,10 @@ def test_predictions_and_exact_gradients_are_those_of_whole_documents(cell, laye
         np.testing.assert_allclose(old - weight.numpy(), gradient, atol=1e-5)
 
 
-@pytest.mark.parametrize("reach", [1, 2, "artbp"])
-@pytest.mark.parametrize("window_loss", ["per_window", "final_only", "linear_gain"])
-def test_a_list_of_inputs_learns_as_a_dict_does(reach, window_loss):
+@pytest.mark.parametrize(
+    ("window_loss", "reach"), [("per_window", 1), ("final_only", 2), ("linear_gain", "artbp")]
+)
+def test_a_list_of_inputs_learns_as_a_dict_does(window_loss, reach):
     steps, static, labels = documents()
     windows = DocumentWindows(steps, labels, static=static, window=5, lanes=4, shuffle=True, seed=0)
     found = []

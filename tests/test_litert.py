@@ -85,7 +85,9 @@ def last(found, name="probability"):
     return np.array([replies[-1][name] for replies in found])
 
 
-@pytest.mark.parametrize(("window", "lanes"), [(1, 1), (4, 3)])
+@pytest.mark.parametrize(
+    ("inputs", "window", "lanes"), [("ids", 1, 1), ("ids", 4, 3), ("features", 1, 3)]
+)
 @pytest.mark.parametrize(
     "layers",
     [
@@ -100,7 +102,6 @@ def last(found, name="probability"):
         f"{layer.__module__[:11]} {layer.__name__}" for layer in layers
     ),
 )
-@pytest.mark.parametrize("inputs", ["ids", "features"])
 def test_streams_in_pieces_are_whole_documents(inputs, layers, window, lanes, tmp_path):
     build = recurrent(*layers, units=24)
     model = token_model(layers=build) if inputs == "ids" else feature_model(build)
