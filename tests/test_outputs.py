@@ -123,7 +123,8 @@ def test_the_step_is_the_sum_of_the_steps_of_each_head(window_loss, reach):
     ):
         model = two_heads(**arguments)
         # With a rate this small, the weights of later windows are those of the first.
-        model.compile(keras.optimizers.SGD(1e-4), {"tags": "mse", "label": "mae"}, factors)
+        losses = {"tags": "mse", "label": "mae"}
+        model.compile(keras.optimizers.SGD(1e-4), losses, factors, run_eagerly=True)
         before = [w.numpy() for w in model.trainable_variables]
         model.fit(data, verbose=0)
         after = [w.numpy() for w in model.trainable_variables]
