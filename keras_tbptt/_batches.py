@@ -123,6 +123,12 @@ def as_dataset(
             "A TBPTTModel runs windows of documents: pass keras_tbptt.DocumentWindows or "
             f"DocumentStream, or their dataset(flags=True). Received: {type(x).__name__} of {spec}"
         )
+    if source is None and model.jit_compile is True and has_order(flags):
+        raise ValueError(
+            "XLA drops the check that the windows of a lane follow each other: compile the model "
+            "without jit_compile, or give it DocumentWindows or a DocumentStream. "
+            f"Received: jit_compile=True, and batches of another {type(x).__name__}"
+        )
     if needs_labels:
         check_classes(source, model)
         flags, y, sample_weight = unpack(spec)

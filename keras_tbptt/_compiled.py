@@ -86,6 +86,75 @@ def check_optimizer(model: keras.Model) -> None:
         )
 
 
+def check_jit(model: keras.Model) -> None:
+    """Refuses XLA where it cannot compile a step.
+
+    Args:
+        model: A `TBPTTModel`.
+
+    Raises:
+        ValueError: If the gradient flows through several windows, or there are several replicas.
+    """
+    strategy = model.replicas.strategy
+    if model.backprop_windows != 1 or strategy is not None:
+        raise ValueError(
+            "XLA cannot compile a gradient through several windows, or steps of several replicas: "
+            "leave jit_compile out, or set backprop_windows=1 and use one device. "
+            "Received: jit_compile=True, "
+            f"backprop_windows={model.backprop_windows!r}, strategy={strategy}"
+        )
+
+
+def check_losses(model: keras.Model, y: Any, sample_weight: Any) -> None:
+    """Refuses losses in which rows cannot count by their weights, or targets meet other outputs.
+
+    Args:
+        model: A compiled `TBPTTModel`.
+        y: `tf.TensorSpec`s of the targets, in the structure of the outputs.
+        sample_weight: `tf.TensorSpec`s of their weights.
+
+    Raises:
+        ValueError: If there is such a loss.
+    """
+    outputs = keras.tree.flatten(model.output)
+    targets, weights = keras.tree.flatten(y), keras.tree.flatten(sample_weight)
+    if len(targets) != len(outputs):
+        return  # which Keras says in its own words
+    places = keras.tree.pack_sequence_as(model.output, range(len(outputs)))
+    for entry in _keras.losses_of(model, y, places):
+        target, output = targets[entry.value], outputs[entry.value]
+        weight = weights[entry.value if len(weights) > 1 else 0]
+        if target is None:
+            continue
+        if getattr(entry.loss, "ignore_class", None) is not None:
+            raise ValueError(
+                "`ignore_class` divides by a count that padding is part of: leave it out, and give "
+                "those steps or documents a weight of 0. "
+                f"Received: ignore_class={entry.loss.ignore_class}"
+            )
+        if getattr(entry.loss, "reduction", "sum") in (None, "none"):
+            raise ValueError(
+                "A loss must be reduced to one number: leave `reduction` out. "
+                f"Received: {entry.loss!r} with reduction={entry.loss.reduction!r}"
+            )
+        same = [*target.shape, *[1] * (len(output.shape) - len(target.shape))] == [*output.shape]
+        if entry.pairs_elements and not same:
+            raise ValueError(
+                "Each number of an output needs a target of its own, or the loss would compare it "
+                f"with that of another. Received: targets of shape {target.shape}, an output of "
+                f"shape {output.shape}, and the loss {entry.loss.name!r}"
+            )
+        shape = entry.shape(target, output)
+        allowed = [(*output.shape[:-1],), (*output.shape[:-1], 1), (*weight.shape,)]
+        if shape is not None and shape not in allowed:
+            raise ValueError(
+                "A loss must give a number for each row of an output, or for each of its steps if "
+                "it has a target per step, because they count by their weights: leave out the mean "
+                f"over them. Received: a loss {entry.loss.name!r} of shape {shape}, an output of "
+                f"shape {output.shape}"
+            )
+
+
 def check_metrics(model: keras.Model, y: Any) -> None:
     """Refuses functions that give one number for a batch, which cannot leave idle rows out.
 

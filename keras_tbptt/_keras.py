@@ -187,6 +187,30 @@ class OutputLoss(NamedTuple):
         """Whether Keras divides the loss by the sum of the weights, and not by all rows."""
         return getattr(self.loss, "reduction", None) == "mean_with_sample_weight"
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether Keras divides the loss by nothing."""
+        return getattr(self.loss, "reduction", None) == "sum"
+
+    @property
+    def pairs_elements(self) -> bool:
+        """Whether it is a loss of Keras's own that compares arrays of one shape."""
+        function = getattr(self.loss, "fn", None)
+        own = getattr(function, "__module__", "").startswith("keras.src.losses")
+        return own and function.__name__ not in ("sparse_categorical_crossentropy", "ctc")
+
+    def shape(self, target: Any, output: Any) -> tuple[int | None, ...] | None:
+        """The shape of the loss before it is weighted and reduced; None where it is not known.
+
+        Args:
+            target: A target of the output, for its shape and dtype.
+            output: The output.
+        """
+        target, output = _symbolic(target), _symbolic(output)
+        with contextlib.suppress(Exception):  # an eager one may be no graph
+            return tuple(backend.compute_output_spec(self.loss.call, target, output).shape)
+        return None
+
 
 def losses_of(model: keras.Model, y: Any, y_pred: Any) -> list[OutputLoss]:
     """Each loss that a model is compiled with, beside the output that it is the loss of.

@@ -79,6 +79,29 @@ def off_time_layers(model: keras.Model, window: int, apart: Sequence[Any] = ()) 
     ]
 
 
+def forgetful_layers(model: keras.Model, window: int, apart: Sequence[Any] = ()) -> list[str]:
+    """Names of the recurrent layers along the window that are not stateful.
+
+    They begin anew in every window, so that what they give depends on where a document is cut.
+
+    Args:
+        model: A built functional model.
+        window: int, steps in a window.
+        apart: As in `window_mask`.
+    """
+    inside = _inside_time_distributed(model)
+    return [
+        layer.name
+        for layer in _keras.flatten_layers(model)
+        if isinstance(layer, keras.layers.RNN)
+        and not layer.stateful
+        and window > 1
+        and layer not in inside
+        and not any(layer is one for one in apart)
+        and any(tensors[0].shape[1] == window for tensors in _keras.calls(layer))
+    ]
+
+
 class _WindowMasks:
     """The mask of one window, in the shapes that different layers take.
 

@@ -10,15 +10,16 @@ import tensorflow as tf
 from keras_tbptt._tensors import of_rank
 
 
-def check_backprop_windows(backprop_windows: Any, cut_probability: float) -> None:
-    """Refuses a reach that means nothing.
+def check_backprop_windows(backprop_windows: Any, cut_probability: float, burn_in: Any) -> None:
+    """Refuses a reach or a burn-in that means nothing.
 
     Args:
         backprop_windows: int >= 1, `"all"` or `"artbp"`.
         cut_probability: float in (0, 1), read with `"artbp"` only.
+        burn_in: int >= 0.
 
     Raises:
-        ValueError: If either argument is invalid.
+        ValueError: If an argument is invalid.
     """
     whole = isinstance(backprop_windows, int) and not isinstance(backprop_windows, bool)
     if backprop_windows not in ("all", "artbp") and not (whole and backprop_windows >= 1):
@@ -31,6 +32,8 @@ def check_backprop_windows(backprop_windows: Any, cut_probability: float) -> Non
             "`cut_probability` must lie strictly between 0 and 1: a gradient that is "
             f"always cut is not unbiased. Received: cut_probability={cut_probability!r}"
         )
+    if not isinstance(burn_in, int) or burn_in < 0:
+        raise ValueError(f"`burn_in` must be an integer >= 0. Received: burn_in={burn_in!r}")
 
 
 class WindowHistory:

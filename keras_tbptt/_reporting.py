@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_tbptt import _keras
 from keras_tbptt._replicas import summed_over_replicas
+from keras_tbptt._tensors import of_rank
 
 
 class BatchLoss(NamedTuple):
@@ -67,33 +68,66 @@ def batch_loss(
     """
     trackers = _keras.output_losses(model)  # none before the first call
     before = [(tf.identity(each.total), tf.identity(each.count)) for each in trackers]
-    loss = model.compute_loss(x, y, y_pred, weight, training=training)
+    each = _weights_of_losses(model, y, y_pred, weight)
+    loss = model.compute_loss(x, y, y_pred, each, training=training)
     added = penalty(model, loss)
     reported = _of_all_replicas(model, added)
     trackers = _keras.output_losses(model)
     before = before or [(tf.zeros([]), tf.zeros([]))] * len(trackers)
 
     own = tf.nest.is_nested(share)
-    by_output = share if own else keras.tree.map_structure(lambda _: share, y_pred)
-    outputs = _keras.losses_of(model, y, by_output)
+
+    def by_output(given: Any) -> list[_keras.OutputLoss]:
+        given = given if own else keras.tree.map_structure(lambda _: given, y_pred)
+        return _keras.losses_of(model, y, given)
+
+    # Keras divides some losses by the weights of documents too, so those count by these.
+    outputs = [
+        weighted if weighted.divides_by_weights else shared
+        for shared, weighted in zip(by_output(share), by_output(weight), strict=True)
+    ]
     for tracker, (total, count), output in zip(trackers, before, outputs, strict=False):
         counted = tf.cast(tf.reduce_sum(output.value), tracker.count.dtype)
         rows = tf.cast(tf.size(output.value), counted.dtype)
         lanes = output.value.shape[0]  # by which Keras multiplies each mean
         mean = (tracker.total - total) / lanes
-        tracker.total.assign(total + mean * (counted if output.divides_by_weights else rows))
+        if not output.is_sum:
+            mean *= counted if output.divides_by_weights else rows
+        tracker.total.assign(total + mean)
         tracker.count.assign(count + counted)
 
     divided = any(output.divides_by_weights for output in outputs)
-    if trackers and (own or divided):
+    summed = any(output.is_sum for output in outputs)
+    if trackers and (own or divided or summed):
         return BatchLoss(loss, *_sum_of_means(model, outputs, trackers, before, reported))
     share = outputs[0].value if outputs else tf.nest.flatten(share)[0]
     count = tf.cast(tf.reduce_sum(share), loss.dtype)
     rows = tf.cast(tf.size(share), loss.dtype)
     mean = loss * model.replicas.count - added  # Keras divides the loss by it
     if not divided:
-        mean *= tf.math.divide_no_nan(rows, count)
+        mean *= tf.math.divide_no_nan(1.0 if summed else rows, count)
     return BatchLoss(loss, mean + reported, count)
+
+
+def _weights_of_losses(model: keras.Model, y: Any, y_pred: Any, weight: Any) -> Any:
+    """Weights in the shape of each loss, which may have more axes than rows and steps.
+
+    Keras would multiply weights `[lanes]` along the last axis of a loss `[lanes, horizon]`.
+    """
+    outputs, weights = keras.tree.flatten(y_pred), keras.tree.flatten(weight)
+    ranks = [0 if output is None else output.shape.rank - 1 for output in outputs]
+    of_output = weights if len(weights) > 1 else weights * len(outputs)
+    if all(r <= w.shape.rank for r, w in zip(ranks, of_output, strict=True)):
+        return weight
+    targets = keras.tree.flatten(y)
+    if len(targets) != len(outputs):
+        return weight
+    for entry in _keras.losses_of(model, y, keras.tree.pack_sequence_as(y_pred, range(len(ranks)))):
+        i = entry.value
+        shape = entry.shape(targets[i], outputs[i])
+        if shape is not None and len(shape) > of_output[i].shape.rank:
+            of_output[i] = tf.broadcast_to(of_rank(of_output[i], len(shape)), shape)
+    return keras.tree.pack_sequence_as(y_pred, of_output)
 
 
 def _of_all_replicas(model: keras.Model, added: tf.Tensor) -> tf.Tensor:
@@ -119,7 +153,8 @@ def uncounted_loss(
     """
     counted = model.metrics_variables  # a compute_loss of the user's own may update any metric
     before = [tf.identity(variable.value) for variable in counted]
-    loss = model.compute_loss(x, y, y_pred, weight, training=training)
+    each = _weights_of_losses(model, y, y_pred, weight)
+    loss = model.compute_loss(x, y, y_pred, each, training=training)
     for variable, value in zip(counted, before, strict=True):
         variable.assign(value)
     return loss

@@ -14,6 +14,7 @@ from keras_tbptt._gradient_walk import GradientWalk
 from keras_tbptt._inputs import ModelInputs
 from keras_tbptt._replicas import check_one_device
 from keras_tbptt.data.windows import DocumentWindows
+from keras_tbptt.serving._stream import check_single_steps
 from keras_tbptt.types import Documents, Labels
 
 # How many documents run side by side. Memory holds their states at all steps.
@@ -177,8 +178,9 @@ def gradient_reach(
         A `GradientReach`.
 
     Raises:
-        ValueError: If the model has not been compiled with a loss, has no stateful layer, or has a
-            layer with `unroll=True`; if there are no labels; or if a K is not an integer >= 1.
+        ValueError: If the model has not been compiled with a loss, has no stateful layer, has a
+            layer with `unroll=True`, or one that looks at other steps of a window; if there are no
+            labels; or if a K is not an integer >= 1.
 
     Example:
 
@@ -199,6 +201,7 @@ def gradient_reach(
             "The gradient's reach is measured for models of one input, not in a dict. "
             f"Received: model {model.name!r} with the inputs {[t.name for t in model.inputs]}"
         )
+    check_single_steps(model, "The gradient's reach")
     window = model.inputs[0].shape[1]
     if not isinstance(documents, DocumentWindows):
         documents = DocumentWindows(

@@ -16,7 +16,7 @@ from keras_tbptt._window_checks import check_windows, embeddings_of_ids
 from keras_tbptt.data._documents import as_array, check_values, read_dataset
 from keras_tbptt.data._inputs import documents_by_name, static_by_name
 from keras_tbptt.data.windows import DocumentWindows
-from keras_tbptt.serving._stream import DocumentRunner, functional
+from keras_tbptt.serving._stream import DocumentRunner, check_single_steps, functional
 from keras_tbptt.types import Documents
 
 
@@ -116,6 +116,7 @@ class _Forecaster:
         self.model = functional(model)
         self.form = ModelInputs(self.model)
         self.target = self._target_of(target)
+        check_single_steps(self.model, "A forecast")
         self._runner = DocumentRunner(self.model, last_step=True)
         self.compiled = tf.function(self.run, reduce_retracing=True, autograph=False)
         self._check_single_steps()

@@ -11,7 +11,9 @@ import keras
 import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
-from keras_tbptt._compiled import check_optimizer_keys, check_trainable
+from keras_tbptt._compiled import check_jit, check_optimizer_keys, check_trainable
+from keras_tbptt._inputs import ModelInputs, static_layers
+from keras_tbptt._masks import forgetful_layers
 from keras_tbptt._on_replicas import StepsOnReplicas, loss_metric
 from keras_tbptt._prediction import without_training
 from keras_tbptt._reach import WindowHistory, check_backprop_windows
@@ -27,6 +29,11 @@ from keras_tbptt.data._source import WindowSource
 from keras_tbptt.data.stream import DocumentStream
 from keras_tbptt.data.windows import DocumentWindows
 from keras_tbptt.losses import FINAL_LOSSES, WindowLoss, check_window_loss
+
+
+def _read_only(name: str, doc: str) -> Any:
+    """An attribute that the constructor sets: a change would reach no step that is traced."""
+    return property(lambda self: getattr(self, name), doc=doc)
 
 
 @keras.saving.register_keras_serializable(package="keras_tbptt")
@@ -99,6 +106,11 @@ class TBPTTModel(StepsOnReplicas):
     ```
     """
 
+    window_loss = _read_only("_window_loss", "Where the loss is taken.")
+    backprop_windows = _read_only("_backprop_windows", "The reach, in windows.")
+    cut_probability = _read_only("_cut_probability", 'How often `"artbp"` cuts at a boundary.')
+    burn_in = _read_only("_burn_in", "Windows of a document that only run forwards.")
+
     def __init__(
         self,
         inputs: Any = None,
@@ -124,14 +136,11 @@ class TBPTTModel(StepsOnReplicas):
         check_window_loss(window_loss)
         if backprop_windows is None:
             backprop_windows = "all" if window_loss == "pooled" else 1
-        check_backprop_windows(backprop_windows, cut_probability)
-        if not isinstance(burn_in, int) or burn_in < 0:
-            raise ValueError(f"`burn_in` must be an integer >= 0. Received: burn_in={burn_in!r}")
+        check_backprop_windows(backprop_windows, cut_probability, burn_in)
         super().__init__(inputs, outputs, name=name, **kwargs)
-        self.window_loss: WindowLoss = window_loss
-        self.backprop_windows: int | str = backprop_windows
-        self.cut_probability: float = cut_probability
-        self.burn_in: int = burn_in
+        self._window_loss, self._backprop_windows = window_loss, backprop_windows
+        self._cut_probability, self._burn_in = cut_probability, burn_in
+        _warn_of_forgetful_layers(self)
         self._cuts = keras.random.SeedGenerator() if backprop_windows == "artbp" else None
         if window_loss == "pooled" and not any(pooling_states(self)):
             raise ValueError(
@@ -173,14 +182,9 @@ class TBPTTModel(StepsOnReplicas):
                 "Every metric of a TBPTTModel is weighted: put them all into `weighted_metrics`. "
                 f"Received: metrics={metrics}, weighted_metrics={weighted_metrics}"
             )
-        if self.backprop_windows != 1 or self.replicas.strategy is not None:
-            if kwargs.setdefault("jit_compile", False) is True:
-                raise ValueError(
-                    "XLA cannot compile a gradient through several windows, or steps of several "
-                    "replicas: leave jit_compile out, or set backprop_windows=1 and use one "
-                    "device. Received: jit_compile=True, "
-                    f"backprop_windows={self.backprop_windows!r}, strategy={self.replicas.strategy}"
-                )
+        # Keras's own default uses XLA on GPUs, which drops every check of a step.
+        if kwargs.setdefault("jit_compile", False) is True:
+            check_jit(self)
         super().compile(
             optimizer,
             loss,
@@ -393,6 +397,18 @@ class TBPTTModel(StepsOnReplicas):
         return self._learn.history
 
 
+def _warn_of_forgetful_layers(model: TBPTTModel) -> None:
+    apart = static_layers(model, [*ModelInputs(model).static.values()])
+    found = forgetful_layers(model, model.window, apart)
+    if found:
+        warnings.warn(
+            "These recurrent layers are not stateful, so they begin anew in every window, and what "
+            "they give depends on where a document is cut: give them stateful=True. "
+            f"Received: layers {found} of model {model.name!r}",
+            stacklevel=3,
+        )
+
+
 def _warn_of_idle_lanes(windows: DocumentWindows) -> None:
     if windows.per_step and 8 * windows.num_documents < windows.lanes:
         warnings.warn(
@@ -430,6 +446,7 @@ class _FirstPlace(keras.callbacks.Callback):
 def _with_callback(callbacks: Any, first: keras.callbacks.Callback) -> Any:
     """What `fit` takes as `callbacks`, with one more, called before the others."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.callbacks.insert(0, first)
+        others = [each for each in callbacks.callbacks if not isinstance(each, _FirstPlace)]
+        callbacks.callbacks[:] = [first, *others]  # a list that an earlier `fit` had, has its place
         return callbacks
     return [first, *keras.tree.flatten(callbacks or [])]

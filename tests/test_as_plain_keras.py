@@ -183,7 +183,7 @@ def test_metrics_are_those_of_keras(metric):
 
 
 @pytest.mark.parametrize("outputs", [one_output, several_outputs])
-@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight"])
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight", "sum"])
 def test_each_reduction_reports_the_mean_over_documents(outputs, reduction):
     """Six documents in four lanes: the last two batches have idle lanes."""
     model = build(TBPTTModel, outputs)

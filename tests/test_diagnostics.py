@@ -236,6 +236,14 @@ def test_what_cannot_be_measured_is_refused(model, arguments, message):
         diagnostics.gradient_reach(model(), DOCUMENTS, **arguments)
 
 
+def test_a_layer_that_looks_at_other_steps_is_refused():
+    steps = keras.Input(batch_shape=(4, 5, 1))
+    x = L.GRU(2, stateful=True)(L.Conv1D(2, 3, padding="causal", name="before")(steps))
+    model = compiled(keras_tbptt.TBPTTModel(steps, L.Dense(1)(x)))
+    with pytest.raises(ValueError, match=r"other steps.*Received: layers \['before'\]"):
+        diagnostics.gradient_reach(model, [np.ones([7, 1])] * 3, LABELS[:3])
+
+
 def test_weights_of_single_outputs_and_named_inputs_are_refused():
     labels = {"tags": LABELS, "label": LABELS}
     weights = {"tags": np.ones(len(LABELS)), "label": np.arange(len(LABELS))}

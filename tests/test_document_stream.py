@@ -201,6 +201,14 @@ def test_evaluation_counts_as_that_of_windows_in_memory():
     )
 
 
+def test_a_label_of_which_a_part_is_unknown_is_refused():
+    for missing in ([np.nan, 1.0], [1.0, np.nan]):
+        rows = [([1, 2], [0.0, 1.0]), ([3], missing)]
+        found = DocumentStream([rows], window=5, lanes=2, unknown=True)
+        with pytest.raises(RecordError, match=r"NaN in all of its numbers, or in none"):
+            found.count()
+
+
 def test_weights_unknown_labels_and_static_inputs_are_those_of_windows_in_memory():
     rng = np.random.default_rng(0)
     labels = rng.normal(size=(COUNT, 2)).astype("float32")

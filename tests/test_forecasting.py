@@ -155,7 +155,7 @@ BAD_INPUT = [
     (lambda: forecast(regressor(), [], 3), "no documents"),
     (lambda: forecast(regressor(), [one[:, :1] for one in SERIES], 3), "batch shape"),
     (lambda: forecast(regressor(), [one * np.nan for one in SERIES], 3), "finite"),
-    (lambda: forecast(convolution(), SERIES, 3), "such as a convolution"),
+    (lambda: forecast(convolution(), SERIES, 3), "other steps.*layers"),
     (lambda: forecast(of_ids(), [[1]], 3), "a float input"),
     (lambda: forecast_named(target=None), "target=None"),
     (lambda: forecast_named(target="site"), "target='site'"),

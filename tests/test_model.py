@@ -494,6 +494,56 @@ def test_what_cannot_be_right_is_refused(make, message):
         make()
 
 
+def test_what_the_constructor_sets_cannot_be_changed():
+    model = token_model()
+    changes = {
+        "window_loss": "final_only", "backprop_windows": "all", "cut_probability": 0.5, "burn_in": 1,
+    }  # fmt: skip
+    for name, value in changes.items():
+        with pytest.raises(AttributeError, match="no setter"):
+            setattr(model, name, value)
+
+
+def test_a_recurrent_layer_that_begins_anew_in_every_window_is_warned_of():
+    steps = keras.Input(batch_shape=(4, 5, 3))
+    x = keras.layers.LSTM(3, stateful=True, return_sequences=True)(steps)
+    with pytest.warns(UserWarning, match=r"not stateful.*Received: layers \['second'\]"):
+        TBPTTModel(steps, keras.layers.GRU(2, name="second")(x))
+    sentences = keras.Input(batch_shape=(4, 5, 7, 3))  # each step is a sequence of its own
+    x = keras.layers.TimeDistributed(keras.layers.GRU(2))(sentences)
+    TBPTTModel(sentences, keras.layers.LSTM(3, stateful=True)(x))
+
+
+class NoteEpochs(keras.callbacks.Callback):
+    def __init__(self, windows):
+        super().__init__()
+        self.windows, self.seen = windows, []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.seen.append(self.windows.epoch)
+
+
+def test_a_list_of_callbacks_serves_a_second_fit():
+    orders = []
+    for shared in (False, True):
+        model, windows = compiled(token_model()), windows_for(token_model(), shuffle=True)
+        note = NoteEpochs(windows)
+        callbacks = keras.callbacks.CallbackList([note], add_history=True, model=model)
+        for _ in range(3):
+            model.fit(windows, callbacks=callbacks if shared else [note], epochs=2, verbose=0)
+        orders.append(note.seen)
+    assert orders[0] == orders[1] == [0, 1, 2, 3, 4, 5]
+
+
+def test_xla_would_drop_the_checks_of_batches_of_ones_own():
+    model = compiled(token_model(), jit_compile=True)
+    mapped = windows_for(model).dataset(flags=True).map(lambda *batch: batch)
+    for run in (model.fit, model.evaluate):
+        with pytest.raises(ValueError, match=r"XLA drops the check.*Received: jit_compile=True"):
+            run(mapped, verbose=0)
+    assert compiled(token_model()).jit_compile is False
+
+
 def test_a_clone_trains_as_its_original_does():
     settings = {
         "window_loss": "final_only",

@@ -43,6 +43,14 @@ def test_a_batch_of_unknown_size_is_refused():
         ConcatPooling(stateful=True)(keras.Input((3, 4)))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_counts_are_exact_where_variables_have_half_precision(dtype):
+    layer = ConcatPooling(stateful=True, dtype=dtype)
+    for value in (0.0, 3.0, 3.0, 3.0):
+        found = layer(np.full((1, 1024, 1), value))
+    np.testing.assert_array_equal(found, [[3.0, 2.25, 3.0]])
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_sums_are_exact_in_mixed_precision(policy):
     """A thousand steps of 1.25: a sum in half precision would stop growing long before."""

@@ -114,3 +114,83 @@ def test_validation_of_some_windows_begins_at_the_first_in_every_epoch():
     ).history
     expected = model.evaluate(windows(), steps=7, verbose=0, return_dict=True)
     assert history["val_loss"] == [pytest.approx(expected["loss"])] * 3
+
+
+DOCUMENTS = random_documents(features=2)
+
+
+def of_features(head, lanes=4, window=5, sequences=False):
+    keras.utils.set_random_seed(1)
+    steps = keras.Input(batch_shape=(lanes, window, 2))
+    x = L.LSTM(4, stateful=True, return_sequences=sequences)(steps)
+    return TBPTTModel(steps, head(x))
+
+
+@pytest.mark.parametrize("lanes", [3, 4])
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight", "sum"])
+def test_weights_belong_to_lanes_whatever_axes_a_loss_has(lanes, reduction):
+    """Keras would weight the horizon of 4 steps by the weights of 4 lanes."""
+    rng = np.random.default_rng(0)
+    labels, weights = rng.normal(size=(23, 4, 3)), rng.uniform(0, 2, 23)
+    model = of_features(lambda x: L.Reshape((4, 3))(L.Dense(12)(x)), lanes)
+    data = DocumentWindows(DOCUMENTS, labels, weights=weights, window=5, lanes=lanes)
+    model.compile(keras.optimizers.SGD(0.0), keras.losses.MeanSquaredError(reduction=reduction))
+    each = ((model.predict_documents(DOCUMENTS) - labels) ** 2).mean(axis=2)
+    expected = {
+        "sum_over_batch_size": np.mean(weights * each.mean(axis=1)),
+        "mean_with_sample_weight": np.average(each.mean(axis=1), weights=weights),
+        "sum": np.mean(weights * each.sum(axis=1)),
+    }[reduction]
+    assert model.evaluate(data, verbose=0) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+@pytest.mark.parametrize("axis", [-1, None])
+def test_a_loss_of_ones_own_gives_a_number_for_each_step(lanes, axis):
+    def own(y, y_pred):
+        squares = keras.ops.square(y - y_pred)
+        return squares if axis is None else keras.ops.mean(squares, axis=axis)
+
+    targets = [document[:, :1] * 2 for document in DOCUMENTS]
+    data = DocumentWindows(DOCUMENTS, targets, window=5, lanes=lanes, per_step=True)
+    model = of_features(L.Dense(1), lanes, sequences=True)
+    predicted = np.concatenate(model.predict_documents(DOCUMENTS))
+    model.compile("sgd", own)
+    expected = np.mean((predicted - np.concatenate(targets)) ** 2)
+    assert model.evaluate(data, verbose=0) == pytest.approx(expected, rel=1e-5)
+
+
+TARGETS = [document[:, :1] for document in DOCUMENTS]
+CLASSES = [np.ones(len(document), int) for document in DOCUMENTS]
+CANNOT_COUNT = {
+    "one number": (1, TARGETS, lambda y, p: keras.ops.mean(keras.ops.square(y - p)), r"shape \(\)"),
+    "one for each lane": (
+        1, TARGETS, lambda y, p: keras.ops.mean(keras.ops.square(y - p), axis=(1, 2)), r"\(1,\)",
+    ),
+    "of a whole batch": (1, TARGETS, keras.losses.Dice(), "'dice'"),
+    "not reduced": (1, TARGETS, keras.losses.MeanSquaredError(reduction="none"), "'none'"),
+    "a class is left out": (
+        3, CLASSES, keras.losses.SparseCategoricalCrossentropy(ignore_class=0), "ignore_class=0",
+    ),
+    "targets of another shape": (3, TARGETS, "mse", r"\(1, 5, 1\).*\(1, 5, 3\).*'mse'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CANNOT_COUNT)
+def test_a_loss_in_which_rows_cannot_count_is_refused(name):
+    units, targets, loss, message = CANNOT_COUNT[name]
+    data = DocumentWindows(DOCUMENTS, targets, window=5, lanes=1, per_step=True)
+    model = of_features(L.Dense(units), lanes=1, sequences=True)
+    model.compile("sgd", loss)
+    for run in (model.fit, model.evaluate):
+        with pytest.raises(ValueError, match=rf"Received: .*{message}"):
+            run(data, verbose=0)
+
+
+def test_labels_of_another_number_than_the_outputs_are_refused():
+    """Two lanes and two outputs: output j of each lane would be compared with the label of j."""
+    model = of_features(L.Dense(2), lanes=2)
+    model.compile("sgd", "mse")
+    data = DocumentWindows(DOCUMENTS, np.arange(23.0), window=5, lanes=2)
+    with pytest.raises(ValueError, match=r"target of its own.*Received: .*\(2,\).*\(2, 2\)"):
+        model.evaluate(data, verbose=0)

@@ -127,6 +127,7 @@ class ExactBackup(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """Restores the newest intact checkpoint, if there is one."""
         stateful_layers(self.model)
+        self._check_windows()
         self._check_steps()
         self._workers = Workers(getattr(self.model, "replicas", None))
         self.directory = self._workers.directory(self._given)
@@ -229,6 +230,16 @@ class ExactBackup(keras.callbacks.Callback):
             self._save(ended=True)
         set_initial_epoch(self.model, None)
         self._signals.pass_on()
+
+    def _check_windows(self) -> None:
+        """Refuses windows that are not those of the `fit`, whose place in an epoch nobody knows."""
+        fitted = getattr(self.model, "fitted_windows", None)
+        if fitted is not None and fitted is not self.windows:
+            raise ValueError(
+                "ExactBackup saves the place of its own windows: give it the object that `fit` "
+                f"trains on, not another like it. Received: {self.windows!r}, and fit has "
+                f"{fitted!r}"
+            )
 
     def _check_steps(self) -> None:
         steps = self.params.get("steps")

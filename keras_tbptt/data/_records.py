@@ -203,7 +203,11 @@ class RecordForm:
             wanted = (length, *shape) if timed else shape
             if array.shape != wanted:
                 raise ValueError(f"its {called} has the shape {array.shape}, not {wanted}")
-            found.append(_narrow(array, kind, called, self.unknown))
+            array = _narrow(array, kind, called, self.unknown)
+            missing = np.isnan(array).reshape(length if timed else 1, -1)
+            if (missing.any(axis=1) != missing.all(axis=1)).any():
+                raise ValueError(f"its {called} must be NaN in all of its numbers, or in none")
+            found.append(array)
         return found
 
     def _weights(self, weight: Any, length: int) -> tuple[float, np.ndarray | None]:

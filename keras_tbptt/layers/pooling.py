@@ -69,8 +69,8 @@ class ConcatPooling(keras.layers.Layer):
                 keras.Variable(
                     initial,
                     trainable=False,
-                    dtype=self.variable_dtype,
-                    autocast=False,  # half precision would be too few digits for a sum
+                    dtype=self._dtype_of_sums,
+                    autocast=False,
                     name="pooling_state",
                 )
                 for initial in self.get_initial_state(shape[0])
@@ -85,7 +85,13 @@ class ConcatPooling(keras.layers.Layer):
             batch_size: int or scalar integer tensor.
         """
         sizes = (self.features, self.features, 1)
-        return [tf.zeros([batch_size, size], self.variable_dtype) for size in sizes]
+        return [tf.zeros([batch_size, size], self._dtype_of_sums) for size in sizes]
+
+    @property
+    def _dtype_of_sums(self) -> str:
+        """A sum and a count of many steps need more digits than half precision has."""
+        half = self.variable_dtype in ("float16", "bfloat16")
+        return "float32" if half else self.variable_dtype
 
     def call(self, sequences: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
         """Pools the steps of this call with those before.
@@ -94,7 +100,7 @@ class ConcatPooling(keras.layers.Layer):
             sequences: Float tensor `[batch, steps, features]`.
             mask: Optional bool tensor `[batch, steps]`.
         """
-        steps = tf.cast(sequences, self.variable_dtype)
+        steps = tf.cast(sequences, self._dtype_of_sums)
         batch, time = tf.shape(steps)[0], tf.shape(steps)[1]
         mask = tf.ones([batch, time], "bool") if mask is None else tf.cast(mask, "bool")
         if self.stateful:

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_tbptt._tensors import has_time_axis
 from keras_tbptt._window_checks import embeddings_of_ids
-from keras_tbptt.serving._stream import DocumentRunner
+from keras_tbptt.serving._stream import DocumentRunner, check_single_steps
 from keras_tbptt.state import explicit_state, initial_states
 
 
@@ -59,6 +59,7 @@ class Generator:
                     f"row for each class. Received: {self.classes} classes, layer {layer.name!r} "
                     f"with input_dim={layer.input_dim}"
                 )
+        check_single_steps(model, "Generation")
         self._model = model
         self._dtype = given[0].dtype
         self._runner = DocumentRunner(model, last_step=True)

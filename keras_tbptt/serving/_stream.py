@@ -11,7 +11,8 @@ import keras
 import tensorflow as tf
 
 from keras_tbptt import _keras
-from keras_tbptt._inputs import ModelInputs
+from keras_tbptt._inputs import ModelInputs, static_layers
+from keras_tbptt._masks import forgetful_layers
 from keras_tbptt._replicas import check_one_device
 from keras_tbptt._tensors import (
     has_time_axis,
@@ -55,6 +56,46 @@ _ACROSS_STEPS = (
 )
 
 
+def layers_across_steps(model: keras.Model) -> list[str]:
+    """Names of the layers whose results depend on where a document is cut.
+
+    Args:
+        model: A functional model.
+    """
+    inputs = ModelInputs(model)
+    apart = static_layers(model, [*inputs.static.values()])
+    window, forgetful = inputs.window, forgetful_layers(model, inputs.window, apart)
+    return [
+        layer.name
+        for layer in _keras.flatten_layers(model)
+        if (
+            isinstance(layer, _ACROSS_STEPS)
+            and any(t.shape[1:2] == (window,) for tensors in _keras.calls(layer) for t in tensors)
+            and getattr(layer, "kernel_size", None) != (1,)
+        )
+        or layer.name in forgetful
+    ]
+
+
+def check_single_steps(model: keras.Model, what: str) -> None:
+    """Refuses layers whose results depend on where a document is cut.
+
+    Args:
+        model: A functional model.
+        what: What runs it one step at a time, as the subject of a sentence.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    found = layers_across_steps(model)
+    if found:
+        raise ValueError(
+            f"{what} runs a model one step at a time, but layers of this model look at other steps "
+            "of a window, or begin anew in each: let stateful recurrent layers alone carry what "
+            f"came before. Received: layers {found} of model {model.name!r}"
+        )
+
+
 def warn_of_windows(model: keras.Model) -> None:
     """Warns of layers whose results depend on where a document is cut.
 
@@ -62,13 +103,7 @@ def warn_of_windows(model: keras.Model) -> None:
         model: A functional model.
     """
     window = ModelInputs(model).window
-    found = [
-        layer.name
-        for layer in _keras.flatten_layers(model)
-        if isinstance(layer, _ACROSS_STEPS)
-        and any(t.shape[1:2] == (window,) for tensors in _keras.calls(layer) for t in tensors)
-        and getattr(layer, "kernel_size", None) != (1,)
-    ]
+    found = layers_across_steps(model)
     if found:
         warnings.warn(
             "These layers look at other steps of a window, so a stream gives the figures of a "

@@ -492,6 +492,14 @@ def test_a_model_without_a_configuration_is_known_by_its_variables(tmp_path):
         fit(6)
 
 
+def test_windows_that_are_not_those_of_the_fit_are_refused(tmp_path):
+    model = token_model()
+    model.compile("sgd", "binary_crossentropy")
+    with pytest.raises(ValueError, match=r"the object that `fit` trains on.*Received: "):
+        model.fit(windows(), callbacks=[ExactBackup(tmp_path, windows())], verbose=0)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_new_learning_rate_takes_precedence_over_the_checkpoint(tmp_path):
     with pytest.raises(Interruption):
         Training(tmp_path).fit(InterruptAt(5))
