@@ -134,6 +134,8 @@ class _WindowMasks:
                     yield layer, self._over_sequences
             elif isinstance(layer, keras.layers.BatchNormalization):
                 yield layer, self._for_statistics
+            elif getattr(layer, "stateful", False) and hasattr(layer, "get_initial_state"):
+                yield layer, self._of_ones_own
 
     def _along_time(self, inputs: tf.Tensor, given: Mask) -> tuple[tf.Tensor, Mask]:
         if inputs.shape[1] == self._window:
@@ -148,6 +150,11 @@ class _WindowMasks:
         check = tf.debugging.Assert(self._full, [message, tf.shape(inputs)])
         with tf.control_dependencies([check]):
             return tf.identity(inputs), None
+
+    def _of_ones_own(self, inputs: Any, given: Mask) -> tuple[Any, Mask]:
+        """A stateful layer that is not Keras's may take any inputs."""
+        timed = tf.is_tensor(inputs) and inputs.shape.rank > 2 and inputs.shape[1] == self._window
+        return self._along_time(inputs, given) if timed else (inputs, given)
 
     def _without_padding(self, inputs: tf.Tensor, given: Mask) -> tuple[tf.Tensor, Mask]:
         """Keras takes the maximum over masked steps too, so they are given the smallest value."""

@@ -67,6 +67,36 @@ def test_predictions_do_not_depend_on_the_window(name):
     np.testing.assert_allclose(predictions[2], predictions[0], atol=1e-6)
 
 
+class RunningSum(L.Layer):
+    """A stateful layer of a user's own."""
+
+    stateful = True
+
+    def build(self, shape):
+        self.size = shape[-1]
+        state = keras.Variable(np.zeros([shape[0], self.size]), trainable=False, dtype="float32")
+        object.__setattr__(self, "states", [state])
+
+    def get_initial_state(self, batch_size):
+        return [keras.ops.zeros([batch_size, self.size])]
+
+    def call(self, x, mask=None):
+        kept = 1.0 if mask is None else keras.ops.cast(mask[..., None], x.dtype)
+        total = self.states[0] + keras.ops.sum(x * kept, axis=1)
+        self.states[0].assign(total)
+        return total
+
+
+@pytest.mark.parametrize("window", [3, 4, 9])
+def test_a_stateful_layer_of_ones_own_gets_the_mask(window):
+    documents, embedding = random_documents(), L.Embedding(VOCAB, 2)
+    tokens = keras.Input(batch_shape=(4, window), dtype="int32")
+    model = TBPTTModel(tokens, RunningSum()(embedding(tokens)))
+    [rows] = embedding.get_weights()
+    expected = [rows[document].sum(axis=0) for document in documents]
+    np.testing.assert_allclose(model.predict_documents(documents), expected, atol=1e-5)
+
+
 @loses_the_mask
 @pytest.mark.parametrize("name", LOSE_THE_MASK)
 def test_training_does_not_depend_on_padding(name):
