@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from keras_tbptt import _keras
 from keras_tbptt._replicas import copies
+from keras_tbptt.state import initial_states
 
 _OF_A_DEVICE = ("gradient_accumulation_steps", "ema_overwrite_frequency")
 
@@ -50,6 +53,25 @@ def check_trainable(model: keras.Model) -> None:
         raise ValueError(
             "Layers have become trainable since the model was compiled: call `compile` again. "
             f"Received: {[variable.path for variable in unknown]}"
+        )
+
+
+def warn_of_learnt_states(model: keras.Model) -> None:
+    """Warns of weights that a state begins with, because a reset takes no gradient.
+
+    Args:
+        model: A compiled `TBPTTModel`.
+    """
+    with tf.GradientTape() as tape:
+        states = initial_states(model)
+    variables = model.trainable_variables
+    gradients = tape.gradient(states, [v.value for v in variables])
+    found = [v.path for v, g in zip(variables, gradients, strict=True) if g is not None]
+    if found:
+        warnings.warn(
+            "The state of a document begins with weights that do not learn, because no gradient "
+            f"flows through a reset: set trainable=False for them. Received: {found}",
+            stacklevel=2,
         )
 
 

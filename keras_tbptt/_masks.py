@@ -42,7 +42,15 @@ def window_mask(
         return
     masks = _WindowMasks(real)
     changed = []
+    regularized = [
+        (layer, layer.activity_regularizer)
+        for layer in _keras.flatten_layers(model)
+        if layer.activity_regularizer is not None and not any(layer is one for one in apart)
+    ]
     try:
+        for layer, regularizer in regularized:
+            own = masks.regularizer(regularizer)
+            object.__setattr__(layer, "activity_regularizer", own)
         for layer, mask_for in masks.of_layers(model):
             if any(layer is one for one in apart):
                 continue
@@ -56,6 +64,8 @@ def window_mask(
     finally:
         for layer in changed:
             object.__delattr__(layer, "call")
+        for layer, regularizer in regularized:
+            object.__setattr__(layer, "activity_regularizer", regularizer)
 
 
 def off_time_layers(model: keras.Model, window: int, apart: Sequence[Any] = ()) -> list[str]:
@@ -136,6 +146,16 @@ class _WindowMasks:
                 yield layer, self._for_statistics
             elif getattr(layer, "stateful", False) and hasattr(layer, "get_initial_state"):
                 yield layer, self._of_ones_own
+
+    def regularizer(self, regularizer: Callable) -> Callable:
+        """A penalty of real steps and busy lanes alone."""
+
+        def of_real_steps(output: tf.Tensor) -> tf.Tensor:
+            timed = output.shape.rank > 2 and output.shape[1] == self._window
+            mask = of_rank(self._real if timed else self._busy, output.shape.rank)
+            return regularizer(output * tf.cast(mask, output.dtype))
+
+        return of_real_steps
 
     def _along_time(self, inputs: tf.Tensor, given: Mask) -> tuple[tf.Tensor, Mask]:
         if inputs.shape[1] == self._window:

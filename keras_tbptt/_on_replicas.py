@@ -11,7 +11,13 @@ import keras
 import tensorflow as tf
 
 from keras_tbptt import _batches, _keras
-from keras_tbptt._compiled import check_compiled, check_losses, check_metrics, check_optimizer
+from keras_tbptt._compiled import (
+    check_compiled,
+    check_losses,
+    check_metrics,
+    check_optimizer,
+    warn_of_learnt_states,
+)
 from keras_tbptt._graphs import Held
 from keras_tbptt._replicas import summed_over_replicas
 from keras_tbptt._sampling import SamplesClasses
@@ -88,6 +94,8 @@ class StepsOnReplicas(SamplesClasses):
                     _keras.build_compiled(self, *batch)
             if learns and self.optimizer is not None:
                 build_optimizer(self)
+        if learns and alone:
+            warn_of_learnt_states(self)
         check_losses(self, *batch[1:])
         check_metrics(self, batch[1])
 

@@ -67,6 +67,29 @@ def test_predictions_do_not_depend_on_the_window(name):
     np.testing.assert_allclose(predictions[2], predictions[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [7, 12])
+def test_a_penalty_of_outputs_counts_real_steps_alone(window):
+    documents = np.random.default_rng(0).integers(1, VOCAB, (4, 7))
+
+    def layers(tokens):
+        x = L.Dense(3, activity_regularizer="l2")(L.Embedding(VOCAB, 4)(tokens))
+        return L.Dense(1)(L.LSTM(5, stateful=True, activity_regularizer="l1")(x))
+
+    model = token_model(window=window, layers=layers)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    data = DocumentWindows(list(documents), np.zeros(4), window=window, lanes=4)
+    plain = keras.Sequential([keras.Input([7], dtype="int32"), *model.layers[1:3]])
+    lstm = L.LSTM(5, activity_regularizer="l1")
+    plain.add(lstm)
+    plain.add(model.layers[-1])
+    lstm.set_weights(model.layers[3].get_weights())
+    plain.compile("sgd", "mse")
+    expected = plain.evaluate(documents, np.zeros([4, 1]), verbose=0)
+    assert model.evaluate(data, verbose=0) == pytest.approx(expected, rel=1e-5)
+    assert model.fit(data, verbose=0).history["loss"][0] == pytest.approx(expected, rel=1e-5)
+    assert model.layers[2].activity_regularizer is plain.layers[1].activity_regularizer
+
+
 class RunningSum(L.Layer):
     """A stateful layer of a user's own."""
 

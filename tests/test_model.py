@@ -1,3 +1,5 @@
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -509,6 +511,30 @@ def test_a_recurrent_layer_that_begins_anew_in_every_window_is_warned_of():
     sentences = keras.Input(batch_shape=(4, 5, 7, 3))  # each step is a sequence of its own
     x = keras.layers.TimeDistributed(keras.layers.GRU(2))(sentences)
     TBPTTModel(sentences, keras.layers.LSTM(3, stateful=True)(x))
+
+
+class LearntStart(keras.layers.SimpleRNNCell):
+    def build(self, shape):
+        super().build(shape)
+        self.start = self.add_weight(shape=[self.units], initializer="ones", name="start")
+
+    def get_initial_state(self, batch_size=None):
+        return [keras.ops.repeat(keras.ops.convert_to_tensor(self.start)[None], batch_size, 0)]
+
+
+@pytest.mark.parametrize("reach", [1, "all"])
+def test_a_learnt_initial_state_is_warned_of(reach):
+    steps = keras.Input(batch_shape=(4, 5, 3))
+    rnn = keras.layers.RNN(LearntStart(2), stateful=True)
+    model = TBPTTModel(steps, keras.layers.Dense(1)(rnn(steps)), backprop_windows=reach)
+    model.compile("sgd", "mse")
+    data = DocumentWindows(
+        random_documents(features=3), random_labels(), window=5, lanes=4, packing="aligned"
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Gradients do not exist")
+        with pytest.warns(UserWarning, match=r"do not learn.*Received: .*start"):
+            model.fit(data, verbose=0)
 
 
 class NoteEpochs(keras.callbacks.Callback):
