@@ -11,6 +11,8 @@ import tensorflow as tf
 
 from keras_tbptt import _keras
 from keras_tbptt._replicas import copies
+from keras_tbptt._sampling import last_layers
+from keras_tbptt.layers._sampling_layer import SamplingLayer
 from keras_tbptt.state import initial_states
 
 _OF_A_DEVICE = ("gradient_accumulation_steps", "ema_overwrite_frequency")
@@ -142,12 +144,13 @@ def check_losses(model: keras.Model, y: Any, sample_weight: Any) -> None:
     targets, weights = keras.tree.flatten(y), keras.tree.flatten(sample_weight)
     if len(targets) != len(outputs):
         return  # which Keras says in its own words
+    last = list(last_layers(outputs))
     places = keras.tree.pack_sequence_as(model.output, range(len(outputs)))
     for entry in _keras.losses_of(model, y, places):
         target, output = targets[entry.value], outputs[entry.value]
         weight = weights[entry.value if len(weights) > 1 else 0]
-        if target is None:
-            continue
+        if target is None or isinstance(last[entry.value], SamplingLayer):
+            continue  # which says itself what it cannot be trained with
         if getattr(entry.loss, "ignore_class", None) is not None:
             raise ValueError(
                 "`ignore_class` divides by a count that padding is part of: leave it out, and give "

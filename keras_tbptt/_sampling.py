@@ -28,7 +28,7 @@ class SamplesClasses(PredictsDocuments):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        last = list(_last_layers(self.outputs))
+        last = list(last_layers(self.outputs))
         for layer in _keras.flatten_layers(self):
             if isinstance(layer, SamplingLayer) and layer not in last:
                 raise ValueError(
@@ -94,11 +94,16 @@ class SamplesClasses(PredictsDocuments):
             return super().compute_metrics(x, y, y_pred, sample_weight)
 
 
-def _last_layers(outputs: Any) -> Iterator[Any]:
+def last_layers(outputs: Any) -> Iterator[Any]:
+    """The layer or operation that gives each output, within nested models too.
+
+    Args:
+        outputs: Symbolic outputs of a model.
+    """
     for output in keras.tree.flatten(outputs):
         layer = _keras.producer(output)
         if isinstance(layer, keras.Model):
-            yield from _last_layers(layer.outputs)
+            yield from last_layers(layer.outputs)
         else:
             yield layer
 

@@ -853,7 +853,7 @@ def test_targets_per_step_without_an_axis_of_one_are_resumed(tmp_path):
 def test_a_directory_may_have_the_name_of_a_worker(tmp_path):
     model = token_model()
     model.compile("adam", "binary_crossentropy")
-    folder = tmp_path / "worker-1"
-    model.fit(windows(), callbacks=[ExactBackup(folder, windows())], verbose=0)
+    folder, train = tmp_path / "worker-1", windows()
+    model.fit(train, callbacks=[ExactBackup(folder, train)], verbose=0)
     assert [path.name for path in tmp_path.iterdir()] == ["worker-1"]
     assert all(path.name.startswith("epoch-") for path in folder.iterdir())
