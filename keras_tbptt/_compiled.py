@@ -162,22 +162,29 @@ def check_losses(model: keras.Model, y: Any, sample_weight: Any) -> None:
                 "A loss must be reduced to one number: leave `reduction` out. "
                 f"Received: {entry.loss!r} with reduction={entry.loss.reduction!r}"
             )
-        same = [*target.shape, *[1] * (len(output.shape) - len(target.shape))] == [*output.shape]
-        if entry.pairs_elements and not same:
+        ones = [1] * (len(output.shape) - len(target.shape))
+        if entry.pairs_elements and not _may_be([*target.shape, *ones], output.shape):
             raise ValueError(
                 "Each number of an output needs a target of its own, or the loss would compare it "
                 f"with that of another. Received: targets of shape {target.shape}, an output of "
                 f"shape {output.shape}, and the loss {entry.loss.name!r}"
             )
         shape = entry.shape(target, output)
-        allowed = [(*output.shape[:-1],), (*output.shape[:-1], 1), (*weight.shape,)]
-        if shape is not None and shape not in allowed:
+        allowed = [output.shape[:-1], (*output.shape[:-1], 1), weight.shape]
+        if shape is not None and not any(_may_be(shape, each) for each in allowed):
             raise ValueError(
                 "A loss must give a number for each row of an output, or for each of its steps if "
                 "it has a target per step, because they count by their weights: leave out the mean "
                 f"over them. Received: a loss {entry.loss.name!r} of shape {shape}, an output of "
                 f"shape {output.shape}"
             )
+
+
+def _may_be(shape: Any, other: Any) -> bool:
+    """Whether two shapes can be the same, as far as they are known."""
+    return len(shape) == len(other) and all(
+        None in (one, two) or one == two for one, two in zip(shape, other, strict=True)
+    )
 
 
 def check_metrics(model: keras.Model, y: Any) -> None:

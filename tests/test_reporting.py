@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from toys import VOCAB, compiled, random_documents, random_labels, token_layers, token_model
 
 from keras_tbptt import DocumentWindows, TBPTTModel
@@ -158,6 +159,20 @@ def test_a_loss_of_ones_own_gives_a_number_for_each_step(lanes, axis):
     model.compile("sgd", own)
     expected = np.mean((predicted - np.concatenate(targets)) ** 2)
     assert model.evaluate(data, verbose=0) == pytest.approx(expected, rel=1e-5)
+
+
+def test_targets_of_shapes_that_are_not_known_are_taken():
+    targets = [document[:, :1] * 2 for document in DOCUMENTS]
+    data = DocumentWindows(DOCUMENTS, targets, window=5, lanes=4, per_step=True)
+    model = of_features(L.Dense(1), sequences=True)
+    model.compile("sgd", "mse")
+    known = data.dataset(flags=True)
+    x, y, weight = known.element_spec
+    unknown = tf.data.Dataset.from_generator(
+        known.as_numpy_iterator,
+        output_signature=(x, tf.TensorSpec([4, None, None], y.dtype), weight),
+    )
+    assert model.evaluate(unknown, verbose=0) == pytest.approx(model.evaluate(data, verbose=0))
 
 
 TARGETS = [document[:, :1] for document in DOCUMENTS]
