@@ -89,8 +89,10 @@ def off_time_layers(model: keras.Model, window: int, apart: Sequence[Any] = ()) 
     ]
 
 
-def forgetful_layers(model: keras.Model, window: int, apart: Sequence[Any] = ()) -> list[str]:
-    """Names of the recurrent layers along the window that are not stateful.
+def forgetful_layers(
+    model: keras.Model, window: int, apart: Sequence[Any] = ()
+) -> list[keras.layers.Layer]:
+    """The recurrent layers along the window that are not stateful.
 
     They begin anew in every window, so that what they give depends on where a document is cut.
 
@@ -101,7 +103,7 @@ def forgetful_layers(model: keras.Model, window: int, apart: Sequence[Any] = ())
     """
     inside = _inside_time_distributed(model)
     return [
-        layer.name
+        layer
         for layer in _keras.flatten_layers(model)
         if isinstance(layer, keras.layers.RNN)
         and not layer.stateful

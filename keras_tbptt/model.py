@@ -399,7 +399,7 @@ class TBPTTModel(StepsOnReplicas):
 
 def _warn_of_forgetful_layers(model: TBPTTModel) -> None:
     apart = static_layers(model, [*ModelInputs(model).static.values()])
-    found = forgetful_layers(model, model.window, apart)
+    found = [layer.name for layer in forgetful_layers(model, model.window, apart)]
     if found:
         warnings.warn(
             "These recurrent layers are not stateful, so they begin anew in every window, and what "
